@@ -1,0 +1,284 @@
+"""From run files to a page: table, curves against steps and wall-clock, spread over seeds.
+
+A study is a folder of runs, `logs/<study>/**/version_k/`, each with `config.yaml`, `metrics.jsonl` and `summary.json`.
+`logs/<study>/NOTES.md`, written by hand, holds the question and the answer; everything else on the page is computed
+from the run files, so a page can be made anew at any time and never holds a figure that no run has.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokenizer.files import atomic_write
+
+# Settings that say where a run lives or which random numbers it drew, not what it is.
+SEED = "seed_everything"
+BOOKKEEPING = (
+    "trainer.logger",
+    "trainer.default_root_dir",
+    "trainer.callbacks",
+    "trainer.enable",
+    "run.",
+    "resume",
+    "ckpt",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, read from its files."""
+
+    name: str
+    directory: Path
+    settings: dict[str, Any]  # config.yaml, flattened: {"model.optimizer.lr": 0.003}
+    rows: list[dict[str, Any]]  # metrics.jsonl
+    summary: dict[str, Any]  # summary.json; empty while the run goes on or when it was killed
+
+    def curve(self, metric: str, against: str = "step") -> tuple[list[float], list[float]]:
+        """The points (x, y) of `metric` against "step", "wall_seconds" or "tokens_seen", finite ones only."""
+        points = [
+            (float(row[against]), float(row[metric]))
+            for row in self.rows
+            if against in row and isinstance(row.get(metric), int | float) and math.isfinite(row[metric])
+        ]
+        return [x for x, _ in points], [y for _, y in points]
+
+    @property
+    def final_loss(self) -> float | None:
+        """The last validation loss in nats per token, None if there is none."""
+        _, losses = self.curve("val/loss")
+        return losses[-1] if losses else None
+
+    @property
+    def status(self) -> str:
+        """What the summary says: finished, diverged, stopped, ...; "unfinished" where there is no summary."""
+        return str(self.summary.get("status", "unfinished"))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a crash cut in half is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not a row of metrics ({error})") from error
+    return rows
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted names.
+
+    >>> flatten({"model": {"optimizer": {"lr": 0.1}}, "seed_everything": 0})
+    {'model.optimizer.lr': 0.1, 'seed_everything': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def find_runs(study: Path) -> list[Run]:
+    """Every run below `study`, by name; of several versions of one run the newest that has metrics."""
+    newest: dict[str, Run] = {}
+    versions = sorted(study.rglob("version_*/metrics.jsonl"), key=lambda path: int(path.parent.name.split("_")[1]))
+    for metrics in versions:
+        directory = metrics.parent
+        config, summary = directory / "config.yaml", directory / "summary.json"
+        name = directory.parent.relative_to(study).as_posix() if directory.parent != study else directory.name
+        newest[name] = Run(
+            name=name,
+            directory=directory,
+            settings=flatten(yaml.safe_load(config.read_text()) or {}) if config.is_file() else {},
+            rows=read_metrics(metrics),
+            summary=json.loads(summary.read_text()) if summary.is_file() else {},
+        )
+    return [newest[name] for name in sorted(newest)]
+
+
+def varied_settings(runs: Sequence[Run]) -> list[str]:
+    """The settings that differ between `runs`, apart from the seed and from where a run is kept."""
+    names = sorted({name for run in runs for name in run.settings})
+    return [
+        name
+        for name in names
+        if name != SEED and not name.startswith(BOOKKEEPING) and len({repr(run.settings.get(name)) for run in runs}) > 1
+    ]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    label: str
+    runs: list[Run]
+
+    @property
+    def losses(self) -> list[float]:
+        """Final validation losses, nats per token, of the runs that have one and did not diverge."""
+        return [run.final_loss for run in self.runs if run.final_loss is not None and run.status != "diverged"]
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean of `losses`; infinity where every run diverged, so that it sorts last."""
+        return statistics.fmean(self.losses) if self.losses else math.inf
+
+
+def group_by_settings(runs: Sequence[Run]) -> list[Group]:
+    """Runs with equal settings but for the seed, in groups, best mean final loss first."""
+    varied = varied_settings(runs)
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        parts = [f"{name.removeprefix('model.').removeprefix('trainer.')}={run.settings.get(name)}" for name in varied]
+        groups.setdefault(", ".join(parts) or runs[0].name, []).append(run)
+    return sorted((Group(label, members) for label, members in groups.items()), key=lambda group: group.mean_loss)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table.
+
+    >>> print(markdown_table(["a", "b"], [["1", "2"]]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" if line[0] != "---" else "|" + "---|" * len(line) for line in lines)
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A figure for a table cell; a dash where there is none."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def group_table(groups: Sequence[Group]) -> str:
+    """One line per group: n, final validation loss as mean ± standard deviation, best, perplexity, wall-clock."""
+    lines = []
+    for group in groups:
+        losses = group.losses
+        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        statuses = sorted({run.status for run in group.runs})
+        seconds = [run.rows[-1]["wall_seconds"] for run in group.runs if run.rows and "wall_seconds" in run.rows[-1]]
+        lines.append(
+            [
+                f"`{group.label}`",
+                str(len(group.runs)),
+                f"{group.mean_loss:.4f}{spread}" if losses else "–",
+                number(min(losses, default=None)),
+                number(math.exp(group.mean_loss) if losses and group.mean_loss < 50 else None, 2),
+                number(statistics.fmean(seconds) if seconds else None, 0),
+                ", ".join(statuses),
+            ]
+        )
+    return markdown_table(
+        ["setting", "n", "final val/loss (nats/token)", "best", "perplexity", "wall s", "status"], lines
+    )
+
+
+def run_table(runs: Sequence[Run]) -> str:
+    """One line per run: seed, steps, tokens, last training loss, final validation loss, bits per byte, status."""
+    lines = []
+    for run in runs:
+        last = run.rows[-1] if run.rows else {}
+        _, train = run.curve("train/loss")
+        _, bits = run.curve("val/bits_per_byte")
+        lines.append(
+            [
+                f"`{run.name}`",
+                str(run.settings.get(SEED, "–")),
+                number(last.get("step")),
+                number(last.get("tokens_seen")),
+                number(train[-1] if train else None),
+                number(run.final_loss),
+                number(bits[-1] if bits else None),
+                run.status,
+            ]
+        )
+    return markdown_table(
+        ["run", "seed", "steps", "tokens", "train/loss", "val/loss", "val/bits_per_byte", "status"], lines
+    )
+
+
+def plot_curves(groups: Sequence[Group], against: str, target: Path) -> list[Path]:
+    """Validation loss (solid) and training loss (faint) of every run, one colour per group, as PNG and SVG.
+
+    Args:
+        groups: what to draw; the legend names at most the ten best.
+        against: "step" or "wall_seconds".
+        target: the pictures' path without an ending.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (`pip install -e '.[plots]'`).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "lm"  # the same runs give the same bytes
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for index, group in enumerate(groups):
+        colour = f"C{index % 10}"
+        for position, run in enumerate(group.runs):
+            name = group.label[:70] if position == 0 and index < 10 else None
+            axes.plot(*run.curve("train/loss", against), color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(*run.curve("val/loss", against), color=colour, linewidth=1.6, marker=".", label=name)
+    axes.set_xlabel({"step": "step", "wall_seconds": "wall-clock (s)"}[against])
+    axes.set_ylabel("loss (nats per token): validation solid, training faint")
+    finals = [loss for group in groups for loss in group.losses]
+    starts = [run.curve("val/loss")[1][0] for group in groups for run in group.runs if run.curve("val/loss")[1]]
+    if finals and starts:
+        low, high = min(finals), max(max(finals), sorted(starts)[len(starts) // 2])
+        axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.1 * (high - low + 0.1))
+    axes.grid(alpha=0.3)
+    if any(group.label for group in groups):
+        axes.legend(fontsize="small")
+    pictures = [target.with_suffix(".png"), target.with_suffix(".svg")]
+    for picture in pictures:
+        figure.savefig(picture, dpi=110, metadata={"Date": None} if picture.suffix == ".svg" else None)
+    pyplot.close(figure)
+    return pictures
+
+
+def report(study: str, logs: str = "logs") -> None:
+    """Write logs/<study>/REPORT.md and its curves from the study's run files.
+
+    Args:
+        study: the folder's name below `logs`.
+        logs: where the studies are.
+
+    Raises:
+        FileNotFoundError: no run below logs/<study> has metrics.
+    """
+    folder = Path(logs) / study
+    runs = find_runs(folder)
+    if not runs:
+        raise FileNotFoundError(f"no runs in {folder}: make some with `python -m lm fit` or `python -m lm sweep`")
+    groups = group_by_settings(runs)
+    notes = folder / "NOTES.md"
+    lines = [notes.read_text(encoding="utf-8").rstrip()] if notes.is_file() else [f"# {study}"]
+    try:
+        for against, title in (("step", "steps"), ("wall_seconds", "wall-clock")):
+            name = f"loss_by_{title.replace('-', '_')}"
+            plot_curves(groups, against, folder / name)
+            lines.append(f"![loss against {title}]({name}.png)")
+    except ModuleNotFoundError:
+        lines.append("(curves: `pip install -e '.[plots]'` and make this page anew)")
+    lines.append(f"## Settings compared\n\n{group_table(groups)}")
+    lines.append(f"## Runs\n\n{run_table(runs)}")
+    lines.append(f"Made from the run files by `python -m lm report {study}`.")
+    with atomic_write(folder / "REPORT.md", "w") as file:
+        file.write("\n\n".join(lines) + "\n")
+    print(f"{folder / 'REPORT.md'}: {len(runs)} runs, best {groups[0].label}: {number(groups[0].mean_loss)}")

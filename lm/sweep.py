@@ -1,0 +1,186 @@
+"""Many runs from one file: a grid over any settings, one process per run.
+
+A sweep file (`configs/sweeps/*.yaml`) names the base configs, what varies, the seeds and the sizes it can run at:
+
+    study: learning_rate                     # runs go to logs/<study>/<run>/
+    configs: [../builtin.yaml]               # relative to this file, merged in order
+    grid: {model.optimizer.lr: [1.0e-3, 3.0e-3]}
+    runs:                                    # instead of a grid, or multiplied with it
+      - {name: post_norm, configs: [../ablations/post_norm.yaml]}
+      - {name: no_decay, settings: {model.optimizer.weight_decay: 0.0}}
+    seeds: [0, 1, 2]
+    scales: {cpu: {trainer.max_steps: 300}, gpu: {configs: [../tinystories.yaml]}}
+
+or, to run several studies one after another, only `include: [learning_rate.yaml, batch_size.yaml]`.
+"""
+
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import yaml
+
+from tokenizer.files import atomic_write
+
+KEYS = {"study", "configs", "grid", "runs", "seeds", "scales", "include"}
+DONE = ("finished", "diverged")  # a divergence is a result
+DIVERGED_EXIT_CODE = 3
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep: where it goes, and what is said on the command line."""
+
+    study: str
+    name: str
+    configs: tuple[str, ...]
+    settings: tuple[tuple[str, Any], ...]
+
+    def arguments(self, logs: str) -> list[str]:
+        """The command's words after `python`, complete: any scheduler can start it."""
+        words = ["-m", "lm", "fit"]
+        for config in self.configs:
+            words += ["--config", config]
+        for name, value in self.settings:
+            words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+        return [*words, "--run.logs", f"{logs}/{self.study}", "--run.name", self.name, "--resume", "auto"]
+
+    def status(self, logs: str) -> str | None:
+        """What the newest version's summary says, None if the run never ended by itself."""
+        versions = sorted(Path(logs, self.study, self.name).glob("version_*"), key=lambda v: int(v.name.split("_")[1]))
+        summary = versions[-1] / "summary.json" if versions else None
+        return json.loads(summary.read_text()).get("status") if summary and summary.is_file() else None
+
+
+def plan(path: Path, scale: str | None = None) -> list[PlannedRun]:
+    """The runs a sweep file stands for, in order.
+
+    Args:
+        path: the sweep file.
+        scale: one of the file's `scales`; None takes none of them.
+
+    Raises:
+        ValueError: an unknown key or scale, or a sweep without a study; names the file.
+        FileNotFoundError: a file it names is not there.
+    """
+    sweep = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if unknown := set(sweep) - KEYS:
+        raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}; a sweep has {', '.join(sorted(KEYS))}")
+    if "include" in sweep:
+        return [run for name in sweep["include"] for run in plan(path.parent / name, scale)]
+    if "study" not in sweep:
+        raise ValueError(f"{path}: `study` is missing: the folder below logs/ that takes the runs")
+    scales = sweep.get("scales", {})
+    if scale is not None and scale not in scales:
+        raise ValueError(f"{path}: no scale {scale!r}; it has {', '.join(scales) or 'none'}")
+    size = dict(scales.get(scale, {})) if scale else {}
+    bases = sweep.get("configs", []) + size.pop("configs", [])
+    varied = [[(name, value) for value in values] for name, values in sweep.get("grid", {}).items()]
+    runs = []
+    for variant, point, seed in itertools.product(
+        sweep.get("runs", [{}]), itertools.product(*varied), sweep.get("seeds", [0])
+    ):
+        parts = [variant["name"]] if "name" in variant else []
+        parts += [f"{name.split('.')[-1]}_{value}" for name, value in point]
+        files = [path.parent / name for name in [*bases, *variant.get("configs", [])]]
+        if missing := [file for file in files if not file.is_file()]:
+            raise FileNotFoundError(f"{path}: {missing[0]} is not there")
+        settings = size | variant.get("settings", {}) | dict(point) | {"seed_everything": seed}
+        runs.append(
+            PlannedRun(
+                study=sweep["study"],
+                name="-".join([*parts, f"seed_{seed}"]).replace("/", "_"),
+                configs=tuple(os.path.relpath(file) for file in files),
+                settings=tuple(settings.items()),
+            )
+        )
+    return runs
+
+
+def execute(run: PlannedRun, logs: str, device: str | None) -> dict[str, Any]:
+    """Run one process to its end; its output goes to `output.txt` in the run's folder.
+
+    Returns:
+        The run's record: status, exit_code, seconds, command.
+    """
+    folder = Path(logs, run.study, run.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+    started = time.monotonic()
+    with open(folder / "output.txt", "ab") as output:
+        code = subprocess.run(
+            [sys.executable, *run.arguments(logs)],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    status = run.status(logs) if code in (0, DIVERGED_EXIT_CODE) else "failed"
+    seconds = round(time.monotonic() - started, 1)
+    return {
+        "status": status,
+        "exit_code": code,
+        "seconds": seconds,
+        "command": f"python {shlex.join(run.arguments(logs))}",
+    }
+
+
+def unfinished(runs: list[PlannedRun], logs: str) -> Iterator[PlannedRun]:
+    """The runs that have no result yet."""
+    return (run for run in runs if run.status(logs) not in DONE)
+
+
+def sweep(
+    file: str, scale: str | None = None, dry_run: bool = False, devices: str = "", jobs: int = 1, logs: str = "logs"
+) -> None:
+    """Run every run of a sweep file that has no result yet; a failed run is recorded and does not stop the others.
+
+    Args:
+        file: the sweep, for example configs/sweeps/learning_rate.yaml.
+        scale: which of the file's sizes, for example cpu or gpu.
+        dry_run: print the commands, one a line, and run nothing (for a job array).
+        devices: CUDA devices to spread the runs over, "0,1,2,3"; each takes one run at a time.
+        jobs: runs at the same time where no devices are named.
+        logs: where the studies go.
+    """
+    runs = plan(Path(file), scale)
+    if dry_run:
+        for run in runs:
+            print("python", shlex.join(run.arguments(logs)))
+        return
+    waiting = list(unfinished(runs, logs))
+    print(f"{file}: {len(runs)} runs, {len(runs) - len(waiting)} of them done before")
+    slots: SimpleQueue[str | None] = SimpleQueue()
+    for device in [name.strip() for name in devices.split(",")] if devices else [None] * jobs:
+        slots.put(device)
+    failed = []
+
+    def work(run: PlannedRun) -> tuple[PlannedRun, dict[str, Any]]:
+        device = slots.get()
+        try:
+            return run, execute(run, logs, device)
+        finally:
+            slots.put(device)
+
+    with ThreadPoolExecutor(slots.qsize()) as pool:
+        for run, record in pool.map(work, waiting):
+            with atomic_write(Path(logs, run.study, run.name, "record.json"), "w") as output:
+                json.dump(record, output, indent=1)
+            print(f"{run.study}/{run.name}: {record['status']} in {record['seconds']:.0f} s")
+            if record["status"] not in DONE:
+                failed.append(run)
+    if failed:
+        names = ", ".join(f"{run.study}/{run.name}" for run in failed)
+        raise SystemExit(
+            f"{len(failed)} of {len(runs)} runs failed: {names} (see output.txt there; run again to retry)"
+        )

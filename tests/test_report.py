@@ -1,0 +1,88 @@
+"""A page holds what the run files hold: figures recomputed by hand here, spread over seeds, divergences as rows."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lm.report import find_runs, group_by_settings, read_metrics, report, varied_settings
+
+
+def write_run(study: Path, name: str, lr: float, seed: int, losses: list[float], status: str = "finished") -> Path:
+    version = study / name / "version_0"
+    version.mkdir(parents=True)
+    config = {"seed_everything": seed, "model": {"optimizer": {"lr": lr}, "depth": 2}, "run": {"name": name}}
+    (version / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = [
+        {"step": 10 * k, "wall_seconds": 1.5 * k, "tokens_seen": 640 * k, "train/loss": loss + 0.1, "val/loss": loss}
+        for k, loss in enumerate(losses, start=1)
+    ]
+    (version / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (version / "summary.json").write_text(json.dumps({"status": status}))
+    return version
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    study = tmp_path / "learning_rate"
+    for seed, final in enumerate([2.0, 2.2, 2.4]):
+        write_run(study, f"lr_0.01-seed_{seed}", 0.01, seed, [4.0, 3.0, final])
+        write_run(study, f"lr_0.001-seed_{seed}", 0.001, seed, [4.5, 3.5, final + 1])
+    write_run(study, "lr_1-seed_0", 1.0, 0, [5.0, math.nan], status="diverged")
+    return study
+
+
+def test_only_what_differs_is_compared(study: Path) -> None:
+    assert varied_settings(find_runs(study)) == ["model.optimizer.lr"]
+
+
+def test_groups_are_seeds_of_one_setting_best_first(study: Path) -> None:
+    groups = group_by_settings(find_runs(study))
+    assert [group.label for group in groups] == ["optimizer.lr=0.01", "optimizer.lr=0.001", "optimizer.lr=1.0"]
+    assert groups[0].losses == [2.0, 2.2, 2.4]
+    assert groups[-1].mean_loss == math.inf
+
+
+def test_report_says_mean_and_standard_deviation(study: Path) -> None:
+    (study / "NOTES.md").write_text("# Which learning rate?\n\nThe largest that is stable.\n")
+    report("learning_rate", logs=str(study.parent))
+    page = (study / "REPORT.md").read_text()
+    assert page.startswith("# Which learning rate?\n\nThe largest that is stable.\n")
+    assert f"| `optimizer.lr=0.01` | 3 | 2.2000 ± {statistics.stdev([2.0, 2.2, 2.4]):.4f} | 2.0000 |" in page
+    assert "| `lr_1-seed_0` | 0 | 20 |" in page
+    assert "diverged" in page
+
+
+def test_curves_are_drawn_the_same_twice(study: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report("learning_rate", logs=str(study.parent))
+    first = (study / "loss_by_steps.svg").read_bytes()
+    report("learning_rate", logs=str(study.parent))
+    assert (study / "loss_by_steps.svg").read_bytes() == first
+    assert (study / "loss_by_wall_clock.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_named(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert [row["step"] for row in read_metrics(metrics)] == [1, 2]
+    metrics.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        read_metrics(metrics)
+
+
+def test_the_newest_version_of_a_run_counts(study: Path) -> None:
+    newer = study / "lr_0.01-seed_0" / "version_10"
+    newer.mkdir()
+    (newer / "metrics.jsonl").write_text(json.dumps({"step": 10, "wall_seconds": 1.0, "val/loss": 1.0}) + "\n")
+    runs = {run.name: run for run in find_runs(study)}
+    assert runs["lr_0.01-seed_0"].final_loss == 1.0
+    assert runs["lr_0.01-seed_0"].status == "unfinished"
+
+
+def test_no_runs_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no runs in .*nothing"):
+        report("nothing", logs=str(tmp_path))

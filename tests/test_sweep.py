@@ -1,0 +1,134 @@
+"""A sweep plans the runs its file says, skips what is done, and records failures without stopping."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from lm.sweep import PlannedRun, plan, sweep
+
+
+def write(path: Path, content: dict[str, object]) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    write(tmp_path / "base.yaml", {})
+    write(tmp_path / "post.yaml", {})
+    return write(
+        tmp_path / "sweep.yaml",
+        {
+            "study": "learning_rate",
+            "configs": ["base.yaml"],
+            "grid": {"model.optimizer.lr": [0.1, 0.01]},
+            "runs": [{"name": "pre"}, {"name": "post", "configs": ["post.yaml"], "settings": {"model.depth": 3}}],
+            "seeds": [0, 1],
+            "scales": {"cpu": {"trainer.max_steps": 5}, "gpu": {"configs": ["post.yaml"]}},
+        },
+    )
+
+
+def test_plan_is_the_product_of_variants_grid_and_seeds(grid: Path) -> None:
+    runs = plan(grid, "cpu")
+    assert len(runs) == 2 * 2 * 2
+    assert len({run.name for run in runs}) == 8
+    assert runs[0].name == "pre-lr_0.1-seed_0"
+    assert dict(runs[-1].settings) == {
+        "trainer.max_steps": 5,
+        "model.depth": 3,
+        "model.optimizer.lr": 0.01,
+        "seed_everything": 1,
+    }
+    assert [Path(name).name for name in runs[-1].configs] == ["base.yaml", "post.yaml"]
+
+
+def test_a_scale_may_add_configs(grid: Path) -> None:
+    assert [Path(name).name for name in plan(grid, "gpu")[0].configs] == ["base.yaml", "post.yaml"]
+
+
+def test_include_chains_studies(grid: Path) -> None:
+    both = write(grid.parent / "all.yaml", {"include": ["sweep.yaml", "sweep.yaml"]})
+    assert len(plan(both, "cpu")) == 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"grids": {}}, "unknown key 'grids'"), ({"study": None}, "`study` is missing"), ({}, "no scale 'tpu'")],
+)
+def test_bad_files_are_named(grid: Path, change: dict[str, object], message: str) -> None:
+    content = yaml.safe_load(grid.read_text()) | change
+    if content.get("study") is None:
+        del content["study"]
+    write(grid, content)
+    with pytest.raises(ValueError, match=message):
+        plan(grid, "tpu")
+
+
+def test_dry_run_prints_commands_a_shell_takes(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep(str(grid), scale="cpu", dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert lines[0].startswith("python -m lm fit --config ")
+    assert "--trainer.max_steps 5 --model.optimizer.lr 0.1 --seed_everything 0" in lines[0]
+
+
+def finish(logs: Path, status: str) -> SimpleNamespace:
+    """A stand-in for the training process: writes the summary that a run of that name would leave."""
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        name = command[command.index("--run.name") + 1]
+        version = logs / "learning_rate" / name / "version_0"
+        version.mkdir(parents=True)
+        (version / "summary.json").write_text(json.dumps({"status": status}))
+        return SimpleNamespace(returncode={"finished": 0, "diverged": 3, "failed": 1}[status])
+
+    return SimpleNamespace(run=run, STDOUT=subprocess.STDOUT)
+
+
+def test_done_runs_are_skipped_and_failures_retried(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = tmp_path / "logs"
+    first, second = plan(grid, "cpu")[:2]
+    for run, status in ((first, "diverged"), (second, "failed")):
+        finish(logs, status).run(["--run.name", run.name])
+    assert first.status(str(logs)) == "diverged"
+    (logs / "learning_rate" / second.name / "version_0" / "summary.json").unlink()
+    (logs / "learning_rate" / second.name / "version_0").rmdir()
+
+    monkeypatch.setattr("lm.sweep.subprocess", finish(logs, "finished"))
+    sweep(str(grid), scale="cpu", logs=str(logs), jobs=2)
+    assert "8 runs, 1 of them done before" in capsys.readouterr().out
+    record = json.loads((logs / "learning_rate" / second.name / "record.json").read_text())
+    assert record["status"] == "finished"
+    sweep(str(grid), scale="cpu", logs=str(logs))
+    assert "8 of them done before" in capsys.readouterr().out
+
+
+def test_a_failed_run_does_not_stop_the_others(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = tmp_path / "logs"
+    monkeypatch.setattr("lm.sweep.subprocess", finish(logs, "failed"))
+    with pytest.raises(SystemExit, match="8 of 8 runs failed"):
+        sweep(str(grid), scale="cpu", logs=str(logs))
+    assert len(list(logs.rglob("record.json"))) == 8
+
+
+def test_the_device_reaches_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm import sweep as module
+
+    seen = []
+    monkeypatch.setattr(
+        module.subprocess, "run", lambda command, env, **_: seen.append(env) or SimpleNamespace(returncode=1)
+    )
+    run = PlannedRun("study", "run", (), ())
+    assert module.execute(run, str(tmp_path), "2")["status"] == "failed"
+    assert seen[0]["CUDA_VISIBLE_DEVICES"] == "2"
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") != "2"
+    assert sys.executable
