@@ -1,0 +1,111 @@
+"""What the kernels need and Numba has no name for: their decorator, and a handful of machine instructions."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils, event
+from numba.extending import intrinsic
+
+BYTE = ir.IntType(8)
+WORD = ir.IntType(64)
+BLOCK = ir.VectorType(BYTE, 64)
+
+ONE = np.uint64(1)
+NONE = np.uint64(0)
+ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile `function` when first called, to run without the GIL; the next process finds the code in a cache."""
+    return njit(nogil=True, cache=True, error_model="numpy")(function)
+
+
+def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Name a machine instruction: `function` gets types and returns the signature and what writes LLVM code."""
+    return intrinsic(function)
+
+
+class _Announcement(event.Listener):
+    """Says once, on stderr, that the first use of a kernel compiles it: seconds, once per machine."""
+
+    said = False
+
+    def on_start(self, event: Any) -> None:
+        if not self.said:
+            self.said = True
+            print("tokenizer: compiling its kernels (first use on this machine; cached from now on)", file=sys.stderr)
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+event.register("numba:compile", _Announcement())
+
+
+def _address(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    """Pointer to byte `arguments[1]` of the array `arguments[0]`."""
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    return builder.gep(builder.bitcast(array.data, BYTE.as_pointer()), [arguments[1]])
+
+
+@instruction
+def bytes_in_range(typing_context: Any, text: Any, position: Any, low: Any, count: Any) -> Any:
+    """Bit i says whether low <= text[position + i] < low + count, for the 64 bytes at `position`.
+
+    One vector subtraction and one unsigned comparison: what lies below `low` wraps around to a large number.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def repeated(value: Any) -> Any:
+            lane = builder.insert_element(ir.Constant(BLOCK, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), 64), [0] * 64)
+            return builder.shuffle_vector(lane, ir.Constant(BLOCK, ir.Undefined), lanes)
+
+        address = _address(context, builder, signature, arguments)
+        block = builder.load(builder.bitcast(address, BLOCK.as_pointer()), align=1)
+        inside = builder.icmp_unsigned("<", builder.sub(block, repeated(arguments[2])), repeated(arguments[3]))
+        return builder.bitcast(inside, WORD)
+
+    return types.uint64(text, types.int64, types.uint8, types.uint8), generate
+
+
+@instruction
+def load_word(typing_context: Any, array: Any, position: Any) -> Any:
+    """The 8 bytes of `array` from byte `position` on, little-endian, at any alignment."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature, arguments)
+        return builder.load(builder.bitcast(address, WORD.as_pointer()), align=1)
+
+    return types.uint64(array, types.int64), generate
+
+
+@instruction
+def lowest_bit(typing_context: Any, mask: Any) -> Any:
+    """Position of the lowest set bit; 64 for 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(WORD, [WORD, ir.IntType(1)])
+        count = cgutils.get_or_insert_function(builder.module, kind, "llvm.cttz.i64")
+        return builder.call(count, [arguments[0], ir.Constant(ir.IntType(1), 0)])
+
+    return types.int64(types.uint64), generate
+
+
+@instruction
+def prefetch(typing_context: Any, array: Any, position: Any) -> Any:
+    """Ask the cache for the line that holds byte `position` of `array`, and do not wait for it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), number, number, number])
+        hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        read, keep, data = (ir.Constant(number, value) for value in (0, 3, 1))
+        builder.call(hint, [_address(context, builder, signature, arguments), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), generate
