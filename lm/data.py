@@ -1,0 +1,487 @@
+"""Token files to batches: windows that are a pure function of the seed, and the Lightning data module around them."""
+
+import functools
+import itertools
+import json
+import math
+import os
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from jaxtyping import Int, Integer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+VOCAB_SIZES = {"builtin": 1024, "tinystories": 10_000, "owt": 32_000}
+
+Windows = Literal["replacement", "epoch"]
+
+
+class TokenFile:
+    """The token ids of a `.npy` file, checked when opened and read a slice at a time.
+
+    `tokens[i:j]` and `len(tokens)` work as on an array. The file is read, not memory-mapped: a file that shrinks under
+    a map kills the process with SIGBUS, a short read is an error with a name; and pages of a map count as memory.
+
+    Args:
+        path: a one-dimensional array of little-endian uint16 or uint32.
+        vocab_size: refuse ids that are not below it.
+        max_id: the largest id, where it is known from meta.json; without it the file is scanned.
+
+    Raises:
+        FileNotFoundError: no file at `path`.
+        ValueError: not such an array, cut off, or an id beyond the vocabulary (with its index).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], vocab_size: int | None = None, max_id: int | None = None):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no token file at {path}: `python -m lm prepare` makes one")
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - read for as long as this object lives
+        weakref.finalize(self, self._file.close)
+        self.dtype, self._num_tokens = self._read_header()
+        self._offset = self._file.tell()
+        if vocab_size is not None and (max_id is None or max_id >= vocab_size):
+            self._check_ids(vocab_size)
+
+    def _read_header(self) -> tuple[np.dtype, int]:
+        size = os.fstat(self._file.fileno()).st_size
+        if size == 0:
+            raise ValueError(f"{self.path} is empty (0 bytes)")
+        try:
+            version = np.lib.format.read_magic(self._file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(self._file)
+        except ValueError as error:
+            raise ValueError(f"{self.path} ({size} bytes) is no whole .npy file: {error}") from None
+        if dtype not in (np.dtype("<u2"), np.dtype("<u4")) or len(shape) != 1:
+            raise ValueError(
+                f"{self.path} holds {dtype.str} of shape {shape}; token ids are one row of uint16 or uint32, "
+                "little-endian: save ids.astype(np.uint16) with np.save"
+            )
+        wanted = self._file.tell() + shape[0] * dtype.itemsize
+        if size != wanted:
+            raise ValueError(
+                f"{self.path} has {size} bytes where its header promises {wanted} ({shape[0]} tokens): "
+                "it was cut off or overwritten; make it again"
+            )
+        return dtype, shape[0]
+
+    def _check_ids(self, vocab_size: int, block: int = 1 << 22) -> None:
+        for start in range(0, len(self), block):
+            ids = self[start : start + block]
+            if ids.max() >= vocab_size:
+                index = int(np.argmax(ids >= vocab_size))
+                raise ValueError(
+                    f"{self.path}: token {start + index} is {ids[index]}, beyond vocab_size={vocab_size}: "
+                    "the file was made with another tokenizer"
+                )
+
+    def __len__(self) -> int:
+        return self._num_tokens
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            raise ValueError(f"a token file is read in order, not with step {step}")
+        size = max(stop - start, 0) * self.dtype.itemsize
+        data = os.pread(self._file.fileno(), size, self._offset + start * self.dtype.itemsize)
+        if len(data) != size:
+            raise ValueError(f"{self.path} shrank while it was open: tokens {start} to {stop} of {len(self)} are gone")
+        return np.frombuffer(data, self.dtype)
+
+    def __reduce__(self) -> tuple[type["TokenFile"], tuple[Path]]:
+        return TokenFile, (self.path,)  # a worker process opens its own
+
+
+def take_windows(
+    tokens: np.ndarray | TokenFile, starts: Sequence[int] | np.ndarray, context_length: int
+) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+    """Inputs `tokens[s : s + context_length]` and targets one further, for every start s, as int64."""
+    rows = [tokens[s : s + context_length + 1] for s in np.asarray(starts).tolist()]
+    block = torch.from_numpy(np.stack(rows).astype(np.int64))
+    return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+
+def get_batch(
+    x: Integer[np.ndarray, " tokens"], batch_size: int, context_length: int, device: str | torch.device
+) -> tuple[Int[Tensor, "batch_size context_length"], Int[Tensor, "batch_size context_length"]]:
+    """Random windows of `x` and the tokens that follow, on `device`. CS336 A1 section 5.1.
+
+    The starts are uniform over the len(x) - context_length possible ones and come from torch's generator. A run draws
+    its starts from `WindowOrder` instead, which can go on anywhere, and takes the windows in the same way.
+
+    Raises:
+        ValueError: `x` is shorter than one window and its target.
+    """
+    check_length(len(x), context_length, "x")
+    starts = torch.randint(len(x) - context_length, (batch_size,)).numpy()
+    inputs, targets = take_windows(np.asarray(x), starts, context_length)
+    return inputs.to(device), targets.to(device)
+
+
+def check_length(num_tokens: int, context_length: int, name: str) -> None:
+    """Refuse data shorter than one window and its last target."""
+    if num_tokens <= context_length:
+        raise ValueError(
+            f"{name} has {num_tokens} tokens, context_length={context_length} needs at least {context_length + 1}: "
+            "use a shorter context or more text"
+        )
+
+
+@dataclass(frozen=True)
+class WindowOrder:
+    """Where the training windows of a run start: an endless sequence whose n-th entry depends on (seed, n) alone.
+
+    A run with any number of ranks, batch size and accumulation walks the same sequence, so that what one optimizer step
+    sees depends on its number of windows only; and any position can be reached at once.
+
+    - "replacement": each start is uniform over all num_tokens - context_length (the handout's choice).
+    - "epoch": the text is cut into windows side by side, each used once per epoch in a new random order. The
+      (num_tokens - 1) mod context_length targets left over lie at the ends, and differ between epochs.
+    """
+
+    num_tokens: int
+    context_length: int
+    seed: int = 0
+    windows: Windows = "replacement"
+
+    def starts(self, first: int, count: int) -> Int[np.ndarray, " count"]:
+        """The starts number `first` to `first + count - 1`."""
+        if self.windows == "replacement":
+            # Philox is random access: block k of four numbers is a hash of (key, k). numpy promises the raw stream.
+            raw = np.random.Philox(key=[self.seed, 0], counter=first // 4).random_raw(first % 4 + count)[first % 4 :]
+            return (raw % np.uint64(self.num_tokens - self.context_length)).astype(np.int64)
+        per_epoch = (self.num_tokens - 1) // self.context_length
+        epoch, position = np.divmod(np.arange(first, first + count), per_epoch)
+        parts = [self._epoch(e)[position[epoch == e]] for e in np.unique(epoch).tolist()]
+        return np.concatenate(parts)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        return shuffled_windows(self.num_tokens, self.context_length, self.seed, epoch)
+
+
+@functools.lru_cache(maxsize=2)  # a batch may lie across two epochs
+def shuffled_windows(num_tokens: int, context_length: int, seed: int, epoch: int) -> np.ndarray:
+    """The starts of all windows of one epoch, in its order: int64, (num_tokens - 1) // context_length of them."""
+    num_windows, spare = divmod(num_tokens - 1, context_length)
+    raw = np.random.Philox(key=[seed, 1 + epoch]).random_raw(num_windows + 1)
+    offset = int(raw[-1]) % (spare + 1)
+    return np.argsort(raw[:-1], kind="stable") * context_length + offset
+
+
+class TrainingBatches(Dataset):
+    """Batch t of one rank, for any t: windows t * world_size * batch_size + rank * batch_size and on, of `order`.
+
+    An entry is (inputs, targets), both (batch, seq) int64; or the starts, (batch,) int64, when `starts_only`.
+    """
+
+    def __init__(
+        self, tokens: TokenFile, order: WindowOrder, batch_size: int, rank: int, world_size: int, starts_only: bool
+    ):
+        self.tokens, self.order, self.batch_size, self.starts_only = tokens, order, batch_size, starts_only
+        self.rank, self.world_size = rank, world_size
+
+    def __getitem__(self, t: int) -> Tensor | tuple[Tensor, Tensor]:
+        starts = self.order.starts((t * self.world_size + self.rank) * self.batch_size, self.batch_size)
+        if self.starts_only:
+            return torch.from_numpy(starts)
+        return take_windows(self.tokens, starts, self.order.context_length)
+
+
+class CountFrom:
+    """A sampler: start, start + 1, ... without end, afresh each time it is iterated."""
+
+    def __init__(self, start: int):
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.start)
+
+
+class ValidationBatches(Dataset):
+    """Every target token of a file exactly once, in windows side by side; every world_size-th window is this rank's.
+
+    An entry is (inputs, targets, num_targets): the first `num_targets` targets of the flattened batch count, the rest
+    is padding (zeros). So every batch has one shape (one compiled graph), and every rank has the same number of
+    batches, as collective operations inside a forward need it.
+    """
+
+    def __init__(self, tokens: TokenFile, context_length: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.tokens, self.context_length = tokens, context_length
+        num_windows = math.ceil((len(tokens) - 1) / context_length)
+        per_rank = math.ceil(num_windows / world_size)
+        self.starts = [w * context_length for w in range(rank, num_windows, world_size)]
+        self.batch_size = min(batch_size, per_rank)
+        self.num_batches = math.ceil(per_rank / self.batch_size)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        if not 0 <= index < self.num_batches:
+            raise IndexError(index)
+        inputs, targets = torch.zeros(2, self.batch_size, self.context_length, dtype=torch.int64)
+        num_targets = 0
+        for row, start in enumerate(self.starts[index * self.batch_size : (index + 1) * self.batch_size]):
+            ids = torch.from_numpy(self.tokens[start : start + self.context_length + 1].astype(np.int64))
+            inputs[row, : len(ids) - 1] = ids[:-1]
+            targets[row, : len(ids) - 1] = ids[1:]
+            num_targets += len(ids) - 1  # only the file's last window is short, and it is the last of its rank
+        return inputs, targets, num_targets
+
+
+class DeviceTokens:
+    """A whole token file in the memory of a device, two or four bytes per token."""
+
+    def __init__(self, tokens: TokenFile, device: torch.device, block: int = 1 << 24):
+        # torch indexes signed integers only: the bits are kept, the sign is masked off after widening.
+        bits = 8 * tokens.dtype.itemsize
+        self.mask = (1 << bits) - 1
+        self.ids = torch.empty(len(tokens), dtype=torch.int16 if bits == 16 else torch.int32, device=device)
+        for start in range(0, len(tokens), block):
+            ids = tokens[start : start + block].view(f"<i{bits // 8}")
+            self.ids[start : start + len(ids)] = torch.from_numpy(ids.copy()).to(device)
+
+    def take_windows(
+        self, starts: Int[Tensor, " batch"], context_length: int
+    ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+        """What the function of this name returns, gathered on the device."""
+        index = starts[:, None] + torch.arange(context_length + 1, device=starts.device)
+        block = self.ids[index].long() & self.mask
+        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+
+def read_meta(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The meta.json of a prepared dataset, compared with the tokenizer beside it.
+
+    Raises:
+        FileNotFoundError: `directory` holds no prepared dataset.
+        ValueError: unreadable, of another format, or made with another tokenizer than `directory`/tokenizer.
+    """
+    path = Path(directory) / "meta.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} holds no meta.json: `python -m lm prepare` makes a dataset")
+    try:
+        meta = json.loads(path.read_bytes())
+        version, _, _ = meta["format"], meta["vocab_size"], meta["splits"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): make the dataset again with `python -m lm prepare`") from None
+    if version != 1:
+        raise ValueError(f"{path} has format {version}, this version reads format 1: make the dataset again")
+    beside = Path(directory) / "tokenizer" / "meta.json"
+    if beside.is_file():
+        tokenizer = json.loads(beside.read_bytes())
+        if tokenizer.get("sha256") != meta.get("tokenizer_sha256"):
+            raise ValueError(
+                f"{path} was made with the tokenizer {str(meta.get('tokenizer_sha256'))[:12]}, "
+                f"{beside.parent} is {str(tokenizer.get('sha256'))[:12]}: make the dataset again"
+            )
+        if tokenizer.get("unicode") != meta.get("unicode"):
+            warnings.warn(
+                f"{directory}: tokenizer and token files were made with different Unicode tables "
+                f"({tokenizer.get('unicode')} and {meta.get('unicode')}); new text may get other ids",
+                stacklevel=2,
+            )
+    return meta
+
+
+def open_split(directory: str | os.PathLike[str], split: str) -> TokenFile:
+    """The token file of "train" or "valid", checked against the dataset's meta.json.
+
+    Raises:
+        FileNotFoundError: no dataset, or no such split.
+        ValueError: the file is damaged or not the one that meta.json describes.
+    """
+    meta = read_meta(directory)
+    if split not in meta["splits"]:
+        raise FileNotFoundError(f"{directory} has no split {split!r}, only {sorted(meta['splits'])}")
+    record = meta["splits"][split]
+    tokens = TokenFile(Path(directory) / record["file"], meta["vocab_size"], record.get("max_id"))
+    if len(tokens) != record["num_tokens"]:
+        raise ValueError(
+            f"{tokens.path} has {len(tokens)} tokens, meta.json says {record['num_tokens']}: "
+            "make the dataset again with `python -m lm prepare`"
+        )
+    return tokens
+
+
+class TokenDataModule(pl.LightningDataModule):
+    """Batches of a corpus; prepares it first where that is not yet done.
+
+    Training batches are (inputs, targets); validation batches (inputs, targets, num_targets), see `ValidationBatches`.
+    Set the Trainer's `use_distributed_sampler` to false: the ranks' shares are cut here.
+
+    Args:
+        corpus: what to prepare when neither texts nor a directory are given.
+        train_text: your own text file instead (.txt, .txt.gz, .txt.xz).
+        valid_text: its validation text; without one, a tail of whole documents is held out.
+        directory: a prepared dataset, used as it is.
+        data_dir: where prepared datasets lie.
+        vocab_size: size of the tokenizer to train; the corpus' own by default.
+        context_length: tokens per training window.
+        val_context_length: tokens per validation window; context_length by default.
+        batch_size: windows per batch and device.
+        val_batch_size: windows per validation batch; batch_size by default.
+        windows: "replacement" draws each window at random, "epoch" uses every token once per epoch.
+        seed: of the order of the windows.
+        num_workers: processes that read ahead; 0 reads in the training process, which is quick enough here.
+        tokens_on: "device" keeps the whole training file in the device's memory (2 bytes per token).
+        changed_data: whether a run may resume on other data, batch size, context or seed than its checkpoint's.
+    """
+
+    def __init__(
+        self,
+        corpus: Literal["builtin", "tinystories", "owt"] = "builtin",
+        train_text: str | None = None,
+        valid_text: str | None = None,
+        directory: str | None = None,
+        data_dir: str = "data",
+        vocab_size: int | None = None,
+        context_length: int = 256,
+        val_context_length: int | None = None,
+        batch_size: int = 32,
+        val_batch_size: int | None = None,
+        windows: Windows = "replacement",
+        seed: int = 0,
+        num_workers: int = 0,
+        tokens_on: Literal["host", "device"] = "host",
+        changed_data: Literal["refuse", "accept"] = "refuse",
+    ):
+        super().__init__()
+        self.corpus, self.train_text, self.valid_text = corpus, train_text, valid_text
+        self.directory = Path(directory) if directory is not None else None
+        self.data_dir, self.context_length, self.batch_size = data_dir, context_length, batch_size
+        self.val_context_length = val_context_length or context_length
+        self.val_batch_size = val_batch_size or batch_size
+        self.windows, self.seed, self.num_workers = windows, seed, num_workers
+        self.tokens_on, self.changed_data = tokens_on, changed_data
+        for name in ("context_length", "val_context_length", "batch_size", "val_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed={seed} must be in [0, 2**64)")
+        if valid_text is not None and train_text is None:
+            raise ValueError(f"valid_text={valid_text} needs a train_text")
+        if self.directory is not None:
+            self.vocab_size = read_meta(self.directory)["vocab_size"]
+            if vocab_size not in (None, self.vocab_size):
+                raise ValueError(f"vocab_size={vocab_size}, but {directory} was made with {self.vocab_size}")
+        else:
+            self.vocab_size = vocab_size or VOCAB_SIZES["builtin" if train_text else corpus]
+        self.meta: dict[str, Any] = {}
+        self._splits: dict[str, TokenFile] = {}
+        self._device_tokens: DeviceTokens | None = None
+
+    def prepare_data(self) -> None:
+        """Download, train the tokenizer and encode, on one process, where that is not yet done."""
+        if self.directory is None:
+            self._prepare()
+
+    def _prepare(self) -> Path:
+        from lm.prepare import prepare
+
+        corpus = None if self.train_text else self.corpus
+        return prepare(corpus, self.train_text, self.valid_text, data_dir=self.data_dir, vocab_size=self.vocab_size)
+
+    def setup(self, stage: str) -> None:
+        """Open and check the token files. Every process comes here after `prepare_data`.
+
+        Raises:
+            FileNotFoundError: no dataset, or it lacks a split.
+            ValueError: a damaged file, an id beyond the vocabulary, or fewer tokens than a window.
+        """
+        if self.directory is None:
+            self.directory = self._prepare()  # made by now: this only finds out where it lies
+        self.meta = read_meta(self.directory)
+        if self.meta["vocab_size"] > self.vocab_size:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} is smaller than the vocabulary of {self.directory} "
+                f"({self.meta['vocab_size']})"
+            )
+        lengths = {"train": self.context_length, "valid": 1} if stage == "fit" else {"valid": 1}
+        for split, needed in lengths.items():
+            self._splits[split] = open_split(self.directory, split)
+            check_length(len(self._splits[split]), needed, str(self._splits[split].path))
+
+    @property
+    def _shard(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches without end, from the one that follows the last that the Trainer has processed."""
+        # `processed` is restored before this is called; a loader's own count would include what is prefetched.
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total if self.trainer else None
+        start = progress.processed if progress else 0  # type: ignore[attr-defined]
+        tokens = self._splits["train"]
+        order = WindowOrder(len(tokens), self.context_length, self.seed, self.windows)
+        batches = TrainingBatches(tokens, order, self.batch_size, *self._shard, starts_only=self.tokens_on == "device")
+        return DataLoader(
+            batches,
+            sampler=CountFrom(start),
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=self._on_cuda and self.tokens_on == "host",
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """The whole validation set, this rank's share."""
+        batches = ValidationBatches(self._splits["valid"], self.val_context_length, self.val_batch_size, *self._shard)
+        return DataLoader(batches, batch_size=None, pin_memory=self._on_cuda)
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turn the starts of the windows into windows where the tokens lie on the device."""
+        if not isinstance(batch, Tensor):
+            return batch
+        if self._device_tokens is None:
+            self._device_tokens = DeviceTokens(self._splits["train"], batch.device)
+        return self._device_tokens.take_windows(batch, self.context_length)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint must agree with for a run to go on as if it had not stopped. Plain values."""
+        splits = self.meta["splits"]
+        return {
+            "tokenizer_sha256": self.meta["tokenizer_sha256"],
+            "train_text_sha256": splits["train"]["text_sha256"] if "train" in splits else None,
+            "train_tokens": splits["train"]["num_tokens"] if "train" in splits else None,
+            "context_length": self.context_length,
+            "global_batch_size": self.batch_size * self._shard[1],
+            "windows": self.windows,
+            "seed": self.seed,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fingerprint: Lightning stores it in each checkpoint."""
+        return self.fingerprint()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare a checkpoint's data with ours: to validate, the tokenizer must agree; to go on training, all.
+
+        Raises:
+            ValueError: something differs (and what), unless `changed_data` is "accept".
+        """
+        current = self.fingerprint()
+        training = self.trainer is not None and self.trainer.training
+        compared = current if training else ["tokenizer_sha256"]
+        changed = [
+            f"{k}: checkpoint {state_dict.get(k)}, now {current[k]}"
+            for k in compared
+            if state_dict.get(k) != current[k]
+        ]
+        if changed and self.changed_data == "refuse":
+            raise ValueError(
+                "the checkpoint was trained on other data: "
+                + "; ".join(changed)
+                + " (--data.changed_data accept to go on)"
+            )
