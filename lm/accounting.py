@@ -1,0 +1,300 @@
+"""What a model costs before it is built: parameters, FLOPs, memory and time, by arithmetic on its configuration.
+
+No tensor is allocated. The formulas describe this project's own model and training step, and the tests hold them
+against it: parameters exactly, FLOPs by torch's counter, peak memory within 10 %. CS336 A1, problems
+transformer_accounting and adamw_accounting.
+
+In the formulas B is the batch size, T the context length, V the vocabulary, L the layers, h the heads, d `d_model`, f
+`d_ff`. A matrix product (m × k) @ (k × n) costs 2·m·k·n FLOPs; everything else is counted as free.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lm.model import TransformerConfig
+
+Rules = Literal["2025", "2026"]
+Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
+Dtype = Literal["float32", "tf32", "bfloat16", "float16"]
+
+ADAMW_FLOPS_PER_PARAMETER = 14  # decay 2, first moment 3, second moment 4, update 5 (root, + eps, ÷, · lr, −)
+
+
+# ---------------------------------------------------------------------------------------------------- configurations
+
+
+def named_config(name: str, rules: Rules = "2026") -> TransformerConfig:
+    """A configuration of the handout: `gpt2-small`, `-medium`, `-large`, `-xl`, `tinystories` or `owt`.
+
+    The GPT-2 sizes have d_ff = 4·d_model in the handout of 2025 and 8/3·d_model rounded to a multiple of 64 in that of
+    2026, with three feed-forward matrices in both. The rules make no difference to the other two.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    gpt2 = {
+        "gpt2-small": (12, 768, 12),
+        "gpt2-medium": (24, 1024, 16),
+        "gpt2-large": (36, 1280, 20),
+        "gpt2-xl": (48, 1600, 25),
+    }
+    vocabularies = {"tinystories": 10_000, "owt": 32_000}
+    if name in gpt2:
+        num_layers, d_model, num_heads = gpt2[name]
+        d_ff = 4 * d_model if rules == "2025" else 64 * round(8 * d_model / 3 / 64)
+        return TransformerConfig(
+            vocab_size=50_257,
+            context_length=1024,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            d_model=d_model,
+            d_ff=d_ff,
+        )
+    if name in vocabularies:
+        return TransformerConfig(
+            vocab_size=vocabularies[name], context_length=256, num_layers=4, num_heads=16, d_model=512, d_ff=1344
+        )
+    raise ValueError(f"name={name!r} is not a known model: choose from {', '.join([*gpt2, *vocabularies])}")
+
+
+# -------------------------------------------------------------------------------------------------------- parameters
+
+
+def parameters(config: TransformerConfig) -> dict[str, int]:
+    """The number of parameters of each part, over all layers."""
+    d, f, layers = config.d_model, config.d_ff, config.num_layers
+    parts = {"token embeddings": config.vocab_size * d}
+    parts["attention (q, k, v, output)"] = layers * 4 * d * d
+    if config.ffn == "swiglu":
+        parts["feed-forward (w1, w2, w3)"] = layers * 3 * d * f
+    else:
+        parts["feed-forward (w1, w2)"] = layers * 2 * d * f
+    if config.norm != "none":
+        parts["norms"] = (2 * layers + 1) * d
+    if config.head == "untied":
+        parts["output head"] = config.vocab_size * d
+    return parts
+
+
+def num_parameters(config: TransformerConfig) -> int:
+    """All parameters of the model; a tied head counts once."""
+    return sum(parameters(config).values())
+
+
+# ------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+@dataclass(frozen=True)
+class MatrixProduct:
+    """`count` products (rows × inner) @ (inner × columns) of one forward pass."""
+
+    name: str
+    shapes: str
+    rows: int
+    inner: int
+    columns: int
+    count: int
+
+    @property
+    def flops(self) -> int:
+        """2 · rows · inner · columns, over all `count`."""
+        return 2 * self.rows * self.inner * self.columns * self.count
+
+
+def matrix_products(
+    config: TransformerConfig, batch_size: int = 1, context_length: int | None = None
+) -> list[MatrixProduct]:
+    """The matrix products of one forward pass, in the order they happen.
+
+    Attention is counted in full, as it is computed: the causal mask hides half of the scores but saves no work.
+    """
+    t = config.context_length if context_length is None else context_length
+    d, f, layers = config.d_model, config.d_ff, config.num_layers
+    tokens, heads = batch_size * t, batch_size * config.num_heads
+    products = [
+        MatrixProduct("query, key, value", "(BT × d) @ (d × 3d)", tokens, d, 3 * d, layers),
+        MatrixProduct("attention scores", "(T × d/h) @ (d/h × T)", t, d // config.num_heads, t, layers * heads),
+        MatrixProduct("attention-weighted values", "(T × T) @ (T × d/h)", t, t, d // config.num_heads, layers * heads),
+        MatrixProduct("attention output", "(BT × d) @ (d × d)", tokens, d, d, layers),
+        MatrixProduct("feed-forward w1", "(BT × d) @ (d × f)", tokens, d, f, layers),
+        MatrixProduct("feed-forward w2", "(BT × f) @ (f × d)", tokens, f, d, layers),
+        MatrixProduct("output head", "(BT × d) @ (d × V)", tokens, d, config.vocab_size, 1),
+    ]
+    if config.ffn == "swiglu":
+        products.insert(5, MatrixProduct("feed-forward w3", "(BT × d) @ (d × f)", tokens, d, f, layers))
+    return products
+
+
+def forward_flops(config: TransformerConfig, batch_size: int = 1, context_length: int | None = None) -> int:
+    """FLOPs of the matrix products of one forward pass."""
+    return sum(product.flops for product in matrix_products(config, batch_size, context_length))
+
+
+def flops_per_token(config: TransformerConfig, context_length: int | None = None) -> float:
+    """FLOPs of forward and backward per token of training, the numerator of the MFU.
+
+    The backward pass has two products for each one of the forward pass. What activation checkpointing computes again
+    is not counted: it is no progress.
+    """
+    t = config.context_length if context_length is None else context_length
+    return 3 * forward_flops(config, 1, t) / t
+
+
+def adamw_flops(config: TransformerConfig) -> int:
+    """FLOPs of one AdamW update: 14 per parameter."""
+    return ADAMW_FLOPS_PER_PARAMETER * num_parameters(config)
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A part of a training step's memory: what it is, its number of elements as a formula, and its bytes."""
+
+    name: str
+    elements: str
+    num_bytes: int
+
+
+def activations(
+    config: TransformerConfig,
+    batch_size: int = 1,
+    context_length: int | None = None,
+    precision: Precision = "32-true",
+) -> list[Memory]:
+    """What the forward pass keeps for the backward pass, by part, over all layers.
+
+    With activation checkpointing, the inputs of all blocks and the inside of the one that is being computed again.
+    """
+    t = config.context_length if context_length is None else context_length
+    tokens, d, f = batch_size * t, config.d_model, config.d_ff
+    wide, narrow = (2 if precision == "bf16-true" else 4), (4 if precision == "32-true" else 2)
+    layers, times = (1, "") if config.activation_checkpointing else (config.num_layers, " · L")
+    scores = batch_size * config.num_heads * t * t
+    gate = 5 if config.ffn == "swiglu" else 3
+    parts = [
+        Memory(f"residual stream, 2{times} + 1", "BTd", (2 * layers + 1) * tokens * d * wide),
+        Memory(f"norms, 2{times} + 1", "2·BTd", (2 * layers + 1) * tokens * d * (4 + narrow)),
+        Memory(f"query, key, value, mixed values{times}", "4·BTd", layers * 4 * tokens * d * narrow),
+        Memory(f"attention scores, exponentials, weights{times}", "3·BhT²", layers * scores * (8 + narrow)),
+        Memory(f"feed-forward{times}", f"{gate}·BTf", layers * gate * tokens * f * narrow),
+        Memory("logits, exponentials, shifted logits", "3·BTV", 3 * tokens * config.vocab_size * 4),
+    ]
+    if config.activation_checkpointing:
+        parts.insert(0, Memory("inputs of the blocks · L", "BTd", config.num_layers * tokens * d * wide))
+    return parts
+
+
+def training_memory(
+    config: TransformerConfig,
+    batch_size: int = 1,
+    context_length: int | None = None,
+    precision: Precision = "32-true",
+) -> list[Memory]:
+    """Parameters, gradients, optimizer state and activations of a training step on one device."""
+    size = 2 if precision == "bf16-true" else 4
+    n = num_parameters(config)
+    return [
+        Memory("parameters", "P", n * size),
+        Memory("gradients", "P", n * size),
+        Memory("AdamW's two moments", "2·P", 2 * n * size),
+        *activations(config, batch_size, context_length, precision),
+    ]
+
+
+def training_memory_bytes(
+    config: TransformerConfig,
+    batch_size: int = 1,
+    context_length: int | None = None,
+    precision: Precision = "32-true",
+) -> int:
+    """Peak memory of a training step on one device, in bytes."""
+    return sum(part.num_bytes for part in training_memory(config, batch_size, context_length, precision))
+
+
+def largest_batch(
+    config: TransformerConfig,
+    memory_bytes: float | int,
+    context_length: int | None = None,
+    precision: Precision = "32-true",
+) -> int:
+    """The most sequences per step that fit in `memory_bytes`; 0 when not even one does."""
+    largest = 0
+    bit = 1 << 40
+    while bit:
+        if training_memory_bytes(config, largest + bit, context_length, precision) <= memory_bytes:
+            largest += bit
+        bit >>= 1
+    return largest
+
+
+# ----------------------------------------------------------------------------------------------------------- devices
+
+# Dense peak of one device in TFLOP/s: float32 without tensor cores, TF32, bfloat16 with float32 sums, float16 likewise.
+# From NVIDIA's and AMD's data sheets and architecture white papers; where a sheet prints the figure "with sparsity",
+# half of it. 0: the chip has no such unit. A device is the first row all of whose words are in its name.
+_PEAK_TFLOPS: list[tuple[str, float, float, float, float]] = [
+    ("GB200", 80, 1250, 2500, 2500),
+    ("B200", 75, 1100, 2250, 2250),
+    ("GH200", 66.9, 494.7, 989.4, 989.4),
+    ("H200 NVL", 60, 417.5, 835.5, 835.5),
+    ("H200", 66.9, 494.7, 989.4, 989.4),
+    ("H100 NVL", 60, 417.5, 835.5, 835.5),
+    ("H100 PCIe", 51.2, 378, 756, 756),
+    ("H100", 66.9, 494.7, 989.4, 989.4),
+    ("A100", 19.5, 156, 312, 312),
+    ("A40", 37.4, 74.8, 149.7, 149.7),
+    ("A10G", 31.5, 35, 70, 70),
+    ("A10", 31.2, 62.5, 125, 125),
+    ("L40S", 91.6, 183, 362, 362),
+    ("L40", 90.5, 90.5, 181, 181),
+    ("L4", 30.3, 60, 121, 121),
+    ("6000 Ada", 91.1, 182.1, 364.2, 364.2),
+    ("A6000", 38.7, 77.4, 154.8, 154.8),
+    ("5090", 104.8, 104.8, 209.5, 209.5),
+    ("4090", 82.6, 82.6, 165.2, 165.2),
+    ("3090 Ti", 40, 40, 80, 80),
+    ("3090", 35.6, 35.6, 71, 71),
+    ("V100", 15.7, 0, 0, 125),
+    ("T4", 8.1, 0, 0, 65),
+    ("MI300X", 163.4, 653.7, 1307.4, 1307.4),
+]
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z0-9]+", name.lower()))
+
+
+def peak_flops(device_name: str, dtype: Dtype = "bfloat16") -> float | None:
+    """Dense peak of a device in FLOP/s, or None where it is not known: a wrong MFU is worse than none.
+
+    >>> peak_flops("NVIDIA H200", "bfloat16")
+    989400000000000.0
+    >>> peak_flops("NVIDIA H100 PCIe", "tf32")
+    378000000000000.0
+    >>> peak_flops("Intel(R) Xeon(R) Processor") is None
+    True
+
+    Args:
+        device_name: as `torch.cuda.get_device_name()` says it.
+        dtype: what the matrix products are computed in; "tf32" is float32 under `set_float32_matmul_precision("high")`.
+    """
+    words = _words(device_name)
+    if words & {"laptop", "mig", "max", "d"}:  # slower parts under the name of the full one (Max-Q; the 4090 D)
+        return None
+    column = {"float32": 1, "tf32": 2, "bfloat16": 3, "float16": 4}[dtype]
+    row = next((row for row in _PEAK_TFLOPS if _words(row[0]) <= words), None)
+    return float(row[column]) * 1e12 or None if row else None
+
+
+def training_seconds(config: TransformerConfig, num_tokens: float | int, peak: float, mfu: float | int = 0.5) -> float:
+    """Seconds that training on `num_tokens` takes at the share `mfu` of `peak` FLOP/s.
+
+    Raises:
+        ValueError: `mfu` is not in (0, 1].
+    """
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu={mfu} must be in (0, 1]: it is the share of the device's peak")
+    return num_tokens * flops_per_token(config) / (mfu * peak)

@@ -1,0 +1,101 @@
+"""lm.accounting against the real model, torch's FLOP counter, measured memory, and the handout's figures."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lm import accounting
+from lm.accounting import named_config
+from lm.functional import cross_entropy
+from lm.model import TransformerConfig, TransformerLM
+
+SMALL = TransformerConfig(vocab_size=300, context_length=32, num_layers=3, num_heads=4, d_model=48, d_ff=128)
+VARIANTS = [
+    dataclasses.replace(SMALL, norm=norm, ffn=ffn, head=head)
+    for norm, ffn, head in itertools.product(("pre", "post", "none"), ("swiglu", "silu"), ("untied", "tied"))
+]
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.norm}-{c.ffn}-{c.head}")
+def test_parameters_and_flops_equal_the_models(config: TransformerConfig) -> None:
+    model = TransformerLM(config)
+    assert accounting.num_parameters(config) == sum(p.numel() for p in model.parameters())
+    token_ids = torch.randint(config.vocab_size, (5, 24))
+    with FlopCounterMode(display=False) as counter:
+        loss = cross_entropy(model(token_ids), token_ids)
+    assert accounting.forward_flops(config, batch_size=5, context_length=24) == counter.get_total_flops()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    both = counter.get_total_flops() + backward.get_total_flops()
+    assert accounting.flops_per_token(config, context_length=24) * 5 * 24 == both
+
+
+@pytest.mark.parametrize(
+    ("rules", "num_parameters", "flops"), [("2025", 2_127_057_600, 4.513e12), ("2026", 1_640_452_800, 3.517e12)]
+)
+def test_gpt2_xl_of_the_handout(rules: accounting.Rules, num_parameters: int, flops: float) -> None:
+    config = named_config("gpt2-xl", rules)
+    assert accounting.num_parameters(config) == num_parameters
+    assert accounting.forward_flops(config) == pytest.approx(flops, rel=2e-4)
+
+
+def test_attention_dominates_at_a_long_context() -> None:
+    config = named_config("gpt2-xl", "2025")
+    share = {
+        t: sum(p.flops for p in accounting.matrix_products(config, 1, t) if "d/h" in p.shapes)
+        / accounting.forward_flops(config, 1, t)
+        for t in (1024, 16_384)
+    }
+    assert share[1024] < 0.2 < 0.5 < share[16_384]
+
+
+def test_handouts_time_on_one_a100() -> None:
+    """400,000 steps of 1024 sequences at half of an A100's float32 peak: 18 years (adamw_accounting, 2025)."""
+    peak = accounting.peak_flops("NVIDIA A100-SXM4-80GB", "float32")
+    assert peak == 19.5e12
+    seconds = accounting.training_seconds(named_config("gpt2-xl", "2025"), 400_000 * 1024 * 1024, peak, mfu=0.5)
+    assert seconds / 86_400 == pytest.approx(3 * 4.513e12 * 1024 * 400_000 / (0.5 * 19.5e12) / 86_400, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tflops"),
+    [
+        ("NVIDIA H200", "bfloat16", 989.4),
+        ("NVIDIA H100 80GB HBM3", "tf32", 494.7),
+        ("NVIDIA H100 PCIe", "bfloat16", 756),
+        ("NVIDIA GH200 480GB", "bfloat16", 989.4),
+        ("NVIDIA B200", "bfloat16", 2250),
+        ("NVIDIA GB200", "bfloat16", 2500),
+        ("NVIDIA L40S", "bfloat16", 362),
+        ("NVIDIA L4", "bfloat16", 121),
+        ("NVIDIA A10G", "bfloat16", 70),
+        ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16", None),
+        ("Tesla V100-SXM2-16GB", "bfloat16", None),
+        ("Tesla V100-SXM2-16GB", "float16", 125),
+        ("NVIDIA RTX 9999", "float32", None),
+        ("", "float32", None),
+    ],
+)
+def test_peak_of_devices(name: str, dtype: accounting.Dtype, tflops: float | None) -> None:
+    assert accounting.peak_flops(name, dtype) == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
+def test_largest_batch_is_the_last_that_fits() -> None:
+    config = named_config("gpt2-xl", "2025")
+    largest = accounting.largest_batch(config, 80e9)
+    assert largest > 0
+    assert accounting.training_memory_bytes(config, largest) <= 80e9
+    assert accounting.training_memory_bytes(config, largest + 1) > 80e9
+    assert accounting.largest_batch(config, 1e9) == 0
+
+
+def test_bad_names_and_shares() -> None:
+    with pytest.raises(ValueError, match=r"gpt3.*gpt2-small.*owt"):
+        named_config("gpt3")
+    with pytest.raises(ValueError, match="mfu=0"):
+        accounting.training_seconds(SMALL, 1e6, 1e12, mfu=0)
