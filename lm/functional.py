@@ -1,0 +1,93 @@
+"""Pure functions of the model: softmax, SiLU, attention, cross-entropy."""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return `x` in float32, or as it is when its dtype is wider: sums and exponentials need the digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def softmax(x: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape"]:
+    """exp(x) / sum(exp(x)) along `dim`, after subtracting the maximum so that exp cannot overflow.
+
+    CS336 A1 section 3.4.4, equation 10.
+
+    >>> softmax(torch.tensor([1000.0, 1000.0]), dim=0).tolist()
+    [0.5, 0.5]
+    """
+    wide = at_least_float32(x)
+    exponentials = torch.exp(wide - wide.amax(dim, keepdim=True))
+    return (exponentials / exponentials.sum(dim, keepdim=True)).to(x.dtype)
+
+
+def silu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x * sigmoid(x), also called swish (Elfwing et al. 2017; CS336 A1 section 3.4.2, equation 5)."""
+    return x * torch.sigmoid(x)
+
+
+def scaled_dot_product_attention(
+    q: Float[Tensor, "*batch queries d_k"],
+    k: Float[Tensor, "*batch keys d_k"],
+    v: Float[Tensor, "*batch keys d_v"],
+    mask: Bool[Tensor, "*#batch queries keys"] | None = None,
+) -> Float[Tensor, "*batch queries d_v"]:
+    """softmax(q k^T / sqrt(d_k)) v: for each query a mean of the values, weighted by how well their keys match it.
+
+    Vaswani et al. 2017, equation 1; CS336 A1 section 3.4.4, equation 11.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values, one per key.
+        mask: True where the query may look at the key, broadcast over the batch. A query that may look nowhere gets
+            zeros, and passes no gradient.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if mask is None:
+        return softmax(scores, dim=-1) @ v
+    lowest = torch.finfo(scores.dtype).min  # not -inf, whose softmax is NaN in a row without a key
+    weights = softmax(scores.masked_fill(~mask, lowest), dim=-1)
+    return weights.masked_fill(~mask, 0) @ v
+
+
+def causal_attention(
+    q: Float[Tensor, "*batch queries d_k"],
+    k: Float[Tensor, "*batch keys d_k"],
+    v: Float[Tensor, "*batch keys d_v"],
+) -> Float[Tensor, "*batch queries d_v"]:
+    """Attention in which a position sees itself and the positions before it.
+
+    The queries are the last positions of the keys: with fewer queries than keys, the first keys are the past.
+    """
+    queries, keys = q.shape[-2], k.shape[-2]
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return scaled_dot_product_attention(q, k, v, mask)
+
+
+def cross_entropy(logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood of `targets` under `softmax(logits)`, in nats per token.
+
+    log(sum_a exp(o_a)) - o[target] after subtracting max(o), so that exp cannot overflow.
+    CS336 A1 section 4.1, equations 16-17.
+
+    Args:
+        logits: unnormalised scores of any float dtype; reduced in float32.
+        targets: token ids in [0, vocab), one per leading position of `logits`.
+    """
+    wide = at_least_float32(logits)
+    shifted = wide - wide.amax(-1, keepdim=True)
+    log_normaliser = shifted.exp().sum(-1).log()
+    return (log_normaliser - shifted.gather(-1, targets[..., None]).squeeze(-1)).mean()
+
+
+def perplexity(logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, ""]:
+    """exp of the mean cross-entropy: the number of equally likely tokens that would be as hard to guess.
+
+    CS336 A1 section 4.1, equation 18.
+    """
+    return cross_entropy(logits, targets).exp()

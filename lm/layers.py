@@ -1,0 +1,270 @@
+"""The layers of the model, from `Linear` to `MultiHeadSelfAttention`, with the handout's names and initialisation."""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn.functional import scaled_dot_product_attention as torch_attention
+from torch.nn.init import trunc_normal_
+
+from lm.functional import at_least_float32, causal_attention, silu
+
+
+def truncated_normal(
+    *shape: int, std: float, device: torch.device | str | None, dtype: torch.dtype | None
+) -> Parameter:
+    """A parameter drawn from N(0, std^2), cut at three standard deviations."""
+    return Parameter(trunc_normal_(torch.empty(*shape, device=device, dtype=dtype), std=std, a=-3 * std, b=3 * std))
+
+
+class Linear(Module):
+    """y = W x without bias; W is (out_features, in_features), drawn with variance 2 / (in + out).
+
+    Glorot and Bengio 2010; CS336 A1 section 3.3.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        std = math.sqrt(2 / (in_features + out_features))
+        self.weight = truncated_normal(out_features, in_features, std=std, device=device, dtype=dtype)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """Multiply the last axis by W."""
+        return x @ self.weight.T
+
+
+class Embedding(Module):
+    """One learned vector per token id.
+
+    Args:
+        num_embeddings: the number of token ids.
+        embedding_dim: the length of each vector.
+        std: of the initial entries; the handout's 1 fits an embedding with a head of its own.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.weight = truncated_normal(num_embeddings, embedding_dim, std=std, device=device, dtype=dtype)
+
+    def forward(self, token_ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
+        """Look the vectors up."""
+        return self.weight[token_ids]
+
+
+class RMSNorm(Module):
+    """x / sqrt(mean(x^2) + eps) * gain over the last axis, computed in float32 and returned in the dtype of x.
+
+    Zhang and Sennrich 2019, equation 4; CS336 A1 section 3.4.1, equation 4.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = Parameter(torch.ones(d_model, device=device, dtype=dtype))
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Scale each vector to root mean square 1, then by the gains."""
+        wide = at_least_float32(x)
+        inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * inverse_rms * self.weight).to(x.dtype)
+
+
+class SwiGLU(Module):
+    """W2(SiLU(W1 x) * W3 x), the gated feed-forward layer (Shazeer 2020; CS336 A1 section 3.4.2, equation 7)."""
+
+    def __init__(
+        self, d_model: int, d_ff: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff, device, dtype)
+        self.w2 = Linear(d_ff, d_model, device, dtype)
+        self.w3 = Linear(d_model, d_ff, device, dtype)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Apply the layer at every position."""
+        return self.w2(silu(self.w1(x)) * self.w3(x))
+
+
+class SiLUFeedForward(Module):
+    """W2 SiLU(W1 x): the same without the gate; at d_ff = 4 d_model it has about as many parameters as SwiGLU."""
+
+    def __init__(
+        self, d_model: int, d_ff: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff, device, dtype)
+        self.w2 = Linear(d_ff, d_model, device, dtype)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Apply the layer at every position."""
+        return self.w2(silu(self.w1(x)))
+
+
+class RotaryPositionalEmbedding(Module):
+    """Rotate pair j = (x[2j], x[2j+1]) of the vector at position i by the angle i * theta^(-2j / d_k).
+
+    The product of a rotated query and a rotated key depends on their positions only through the difference.
+    Su et al. 2021; CS336 A1 section 3.4.3, equation 8. The pairs are neighbours ("interleaved"), unlike the halves of
+    Hugging Face's Llama. The tables are float32 and no part of the state dict.
+
+    Args:
+        theta: the base of the angles.
+        d_k: the length of the vectors, even.
+        max_seq_len: positions are in [0, max_seq_len).
+        device: of the tables.
+
+    Raises:
+        ValueError: `d_k` is odd.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, theta: float, d_k: int, max_seq_len: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        if d_k % 2:
+            raise ValueError(f"d_k={d_k} must be even: RoPE rotates pairs of components")
+        frequencies = theta ** (-torch.arange(0, d_k, 2, dtype=torch.float64) / d_k)
+        angles = torch.arange(max_seq_len, dtype=torch.float64)[:, None] * frequencies
+        self.register_buffer("cos", angles.cos().to(device, torch.float32), persistent=False)
+        self.register_buffer("sin", angles.sin().to(device, torch.float32), persistent=False)
+
+    def forward(
+        self, x: Float[Tensor, "*batch seq d_k"], token_positions: Int[Tensor, "*#batch seq"]
+    ) -> Float[Tensor, "*batch seq d_k"]:
+        """Rotate `x`, in float32, and return it in its own dtype."""
+        cos, sin = self.cos[token_positions], self.sin[token_positions]
+        even, odd = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        return rotated.flatten(-2).to(x.dtype)
+
+
+class LayerCache:
+    """Keys and values of the positions that one attention layer has seen, with room for `max_length` of them.
+
+    Attributes:
+        length: the number of positions held; set it lower to forget the last ones.
+    """
+
+    def __init__(
+        self, batch_size: int, num_heads: int, max_length: int, d_k: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.keys = torch.zeros(batch_size, num_heads, max_length, d_k, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0
+
+    def append(
+        self, k: Float[Tensor, "batch heads seq d_k"], v: Float[Tensor, "batch heads seq d_k"]
+    ) -> tuple[Float[Tensor, "batch heads keys d_k"], Float[Tensor, "batch heads keys d_k"]]:
+        """Add the next positions; return views of all keys and values so far."""
+        end = self.length + k.shape[-2]
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class MultiHeadSelfAttention(Module):
+    """Causal self-attention: `num_heads` attentions over slices of d_model / num_heads, joined by W_O.
+
+    Vaswani et al. 2017, section 3.2.2; CS336 A1 section 3.4.5, equations 12-14. One matrix product makes the queries,
+    keys and values of all heads; their weights stay three parameters, as in the reference state dict.
+
+    Args:
+        d_model: the length of the vectors in and out.
+        num_heads: a divisor of `d_model`.
+        rope: rotates queries and keys; None leaves the layer without positions.
+        device: of the parameters.
+        dtype: of the parameters.
+        attention: "scratch" is `lm.functional.causal_attention`, "fused" torch's library kernel.
+
+    Raises:
+        ValueError: `num_heads` does not divide `d_model`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        rope: RotaryPositionalEmbedding | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        attention: Literal["scratch", "fused"] = "scratch",
+    ) -> None:
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide d_model={d_model}")
+        self.num_heads = num_heads
+        self.rope = rope
+        self.attention = attention
+        self.q_proj = Linear(d_model, d_model, device, dtype)
+        self.k_proj = Linear(d_model, d_model, device, dtype)
+        self.v_proj = Linear(d_model, d_model, device, dtype)
+        self.output_proj = Linear(d_model, d_model, device, dtype)
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch seq d_model"],
+        token_positions: Int[Tensor, "*#batch seq"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "*batch seq d_model"]:
+        """Attend.
+
+        Args:
+            x: one vector per position.
+            token_positions: for RoPE; by default 0, 1, 2, ... after what the cache holds.
+            cache: the positions before `x`, to which those of `x` are added.
+        """
+        weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
+        qkv = (x @ weight.T).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.movedim((-3, -2), (0, -3))  # each (*batch, heads, seq, d_k)
+        if self.rope is not None:
+            if token_positions is None:
+                start = 0 if cache is None else cache.length
+                token_positions = torch.arange(start, start + x.shape[-2], device=x.device)
+            else:
+                token_positions = token_positions.unsqueeze(-2)  # the same for every head
+            q, k = self.rope(q, token_positions), self.rope(k, token_positions)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        attend = causal_attention if self.attention == "scratch" else fused_causal_attention
+        return self.output_proj(attend(q, k, v).transpose(-3, -2).flatten(-2))
+
+
+def fused_causal_attention(
+    q: Float[Tensor, "*batch queries d_k"],
+    k: Float[Tensor, "*batch keys d_k"],
+    v: Float[Tensor, "*batch keys d_v"],
+) -> Float[Tensor, "*batch queries d_v"]:
+    """`lm.functional.causal_attention` by torch's library kernel, a setting for speed."""
+    queries, keys = q.shape[-2], k.shape[-2]
+    if queries == keys:
+        return torch_attention(q, k, v, is_causal=True)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return torch_attention(q, k, v, attn_mask=mask)

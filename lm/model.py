@@ -1,0 +1,234 @@
+"""The Transformer language model and its configuration."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import Module, ModuleList
+from torch.utils.checkpoint import checkpoint
+
+from lm.layers import (
+    Embedding,
+    LayerCache,
+    Linear,
+    MultiHeadSelfAttention,
+    RMSNorm,
+    RotaryPositionalEmbedding,
+    SiLUFeedForward,
+    SwiGLU,
+)
+
+Norm = Literal["pre", "post", "none"]
+Position = Literal["rope", "none"]
+FeedForward = Literal["swiglu", "silu"]
+Head = Literal["untied", "tied"]
+Attention = Literal["scratch", "fused"]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """What a `TransformerLM` is; the defaults are the handout's base model.
+
+    Attributes:
+        vocab_size: token ids are in [0, vocab_size).
+        context_length: the most positions that the model sees at once.
+        num_layers: Transformer blocks.
+        num_heads: attention heads per block, a divisor of `d_model`.
+        d_model: the length of the residual stream's vectors.
+        d_ff: the inner length of the feed-forward layer: about 8/3 d_model for swiglu, 4 d_model for silu.
+        rope_theta: the base of RoPE's angles.
+        norm: RMSNorm before each sub-layer, after each residual sum, or nowhere.
+        position: RoPE, or no positional information.
+        ffn: the gated or the plain feed-forward layer.
+        head: output weights of their own, or the token embeddings'.
+        attention: this project's attention, or torch's library kernel.
+        activation_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
+
+    Raises:
+        ValueError: a size is not positive, a variant is unknown, `num_heads` does not divide `d_model`, or RoPE gets
+            heads of odd length.
+    """
+
+    vocab_size: int
+    context_length: int = 256
+    num_layers: int = 4
+    num_heads: int = 16
+    d_model: int = 512
+    d_ff: int = 1344
+    rope_theta: float = 10_000.0
+    norm: Norm = "pre"
+    position: Position = "rope"
+    ffn: FeedForward = "swiglu"
+    head: Head = "untied"
+    attention: Attention = "scratch"
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "num_layers", "num_heads", "d_model", "d_ff", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name, choices in (
+            ("norm", Norm),
+            ("position", Position),
+            ("ffn", FeedForward),
+            ("head", Head),
+            ("attention", Attention),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(choices))}")
+        if self.d_model % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} must divide d_model={self.d_model}")
+        if self.position == "rope" and self.d_head % 2:
+            raise ValueError(
+                f"d_model={self.d_model} over num_heads={self.num_heads} gives heads of odd length {self.d_head}: "
+                "RoPE rotates pairs"
+            )
+
+    @property
+    def d_head(self) -> int:
+        """The length of one head's queries, keys and values."""
+        return self.d_model // self.num_heads
+
+
+class TransformerBlock(Module):
+    """Attention, then the feed-forward layer, each with a residual connection (CS336 A1 section 3.4, equation 15).
+
+    Args:
+        config: sizes and variants.
+        rope: shared by all blocks; None for no positional information.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        rope: RotaryPositionalEmbedding | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = config.norm
+        self.attn = MultiHeadSelfAttention(
+            config.d_model, config.num_heads, rope, device, dtype, attention=config.attention
+        )
+        feed_forward = SwiGLU if config.ffn == "swiglu" else SiLUFeedForward
+        self.ffn = feed_forward(config.d_model, config.d_ff, device, dtype)
+        if config.norm != "none":
+            self.ln1 = RMSNorm(config.d_model, device=device, dtype=dtype)
+            self.ln2 = RMSNorm(config.d_model, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch seq d_model"],
+        token_positions: Int[Tensor, "*#batch seq"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "*batch seq d_model"]:
+        """Add what the two sub-layers find; arguments as of `MultiHeadSelfAttention.forward`."""
+        if self.norm == "pre":
+            x = x + self.attn(self.ln1(x), token_positions, cache)
+            return x + self.ffn(self.ln2(x))
+        if self.norm == "post":
+            x = self.ln1(x + self.attn(x, token_positions, cache))
+            return self.ln2(x + self.ffn(x))
+        x = x + self.attn(x, token_positions, cache)
+        return x + self.ffn(x)
+
+
+class KVCache:
+    """What the attention layers keep of the positions seen so far; `TransformerLM.make_cache` makes one."""
+
+    def __init__(self, layers: list[LayerCache], max_length: int) -> None:
+        self.layers = layers
+        self.max_length = max_length
+
+    @property
+    def length(self) -> int:
+        """The number of positions held; set it lower to forget the last ones, 0 to start again."""
+        return self.layers[0].length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        for layer in self.layers:
+            layer.length = length
+
+
+class TransformerLM(Module):
+    """Token ids to logits over the next token: embeddings, blocks, final norm, head (CS336 A1 section 3).
+
+    The state dict has the names of the course's reference. A tied head has no entry of its own, and its embeddings
+    start with standard deviation 1 / sqrt(d_model) instead of 1: at 1 the first logits would have standard deviation
+    sqrt(d_model).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        rope = None
+        if config.position == "rope":
+            rope = RotaryPositionalEmbedding(config.rope_theta, config.d_head, config.context_length, device)
+        std = 1 / math.sqrt(config.d_model) if config.head == "tied" else 1.0
+        self.token_embeddings = Embedding(config.vocab_size, config.d_model, device, dtype, std=std)
+        self.layers = ModuleList(TransformerBlock(config, rope, device, dtype) for _ in range(config.num_layers))
+        if config.norm != "none":
+            self.ln_final = RMSNorm(config.d_model, device=device, dtype=dtype)
+        if config.head == "untied":
+            self.lm_head = Linear(config.d_model, config.vocab_size, device, dtype)
+
+    def forward(
+        self, token_ids: Int[Tensor, "*batch seq"], cache: KVCache | None = None
+    ) -> Float[Tensor, "*batch seq vocab"]:
+        """Logits of the token after each position.
+
+        Args:
+            token_ids: ids in [0, vocab_size), at most `context_length` positions.
+            cache: the positions before `token_ids`, of which it has the keys and values; those of `token_ids` are
+                added. The result is as if all were computed again.
+
+        Raises:
+            ValueError: more positions than `context_length`, or than the cache has room for.
+        """
+        start, limit = (0, self.config.context_length) if cache is None else (cache.length, cache.max_length)
+        if start + token_ids.shape[-1] > limit:
+            raise ValueError(
+                f"{token_ids.shape[-1]} tokens after {start} exceed the "
+                + (f"context_length={limit}" if cache is None else f"cache's max_length={limit}")
+                + ": give fewer, for example the last ones"
+            )
+        x = self.token_embeddings(token_ids)
+        for index, layer in enumerate(self.layers):
+            if cache is not None:
+                x = layer(x, cache=cache.layers[index])
+            elif self.config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+        if self.config.norm != "none":
+            x = self.ln_final(x)
+        if self.config.head == "untied":
+            return self.lm_head(x)
+        return x @ self.token_embeddings.weight.T
+
+    def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        """An empty cache for `batch_size` sequences of up to `max_length` positions (default: the context length).
+
+        Raises:
+            ValueError: `max_length` exceeds the context length.
+        """
+        config, weight = self.config, self.token_embeddings.weight
+        max_length = config.context_length if max_length is None else max_length
+        if not 0 < max_length <= config.context_length:
+            raise ValueError(f"max_length={max_length} must be in [1, context_length={config.context_length}]")
+        layers = [
+            LayerCache(batch_size, config.num_heads, max_length, config.d_head, weight.device, weight.dtype)
+            for _ in self.layers
+        ]
+        return KVCache(layers, max_length)

@@ -1,0 +1,152 @@
+"""Optimizers, learning-rate schedules and gradient clipping."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+
+class SGD(Optimizer):
+    """Gradient descent with the step lr / sqrt(t + 1): the toy of the handout's learning_rate_tuning problem.
+
+    CS336 A1 section 4.2, equation 20.
+
+    Raises:
+        ValueError: `lr` is negative.
+    """
+
+    def __init__(self, params: Iterable[Parameter], lr: float = 1e-3) -> None:
+        if lr < 0:
+            raise ValueError(f"lr={lr} must not be negative")
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters once; `closure`, if given, computes the loss and its gradients first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self.state[param]
+                    step = state.get("step", 0)
+                    param.add_(param.grad, alpha=-group["lr"] / math.sqrt(step + 1))
+                    state["step"] = step + 1
+        return loss
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019; CS336 A1 section 4.3, algorithm 1).
+
+    With the order of the 2026 handout, decay first: theta <- theta - lr * weight_decay * theta, then the moments
+    m <- beta1 m + (1 - beta1) g and v <- beta2 v + (1 - beta2) g^2, then theta <- theta - lr_t m / (sqrt(v) + eps) with
+    lr_t = lr sqrt(1 - beta2^t) / (1 - beta1^t). A parameter without a gradient is left alone.
+
+    The state of a parameter is `step` (int) and `m`, `v` (like the parameter): enough to go on bit for bit.
+
+    Raises:
+        ValueError: a negative `lr`, `eps` or `weight_decay`, or a beta outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Parameter] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if value < 0:
+                raise ValueError(f"{name}={value} must not be negative")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas} must be in [0, 1)")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters once; `closure`, if given, computes the loss and its gradients first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state.update(step=0, m=torch.zeros_like(param), v=torch.zeros_like(param))
+                state["step"] += 1
+                m, v, step = state["m"], state["v"], state["step"]
+                lr_t = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                m.lerp_(param.grad, 1 - beta1)
+                v.mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
+                param.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-lr_t)
+        return loss
+
+
+def cosine_schedule(
+    step: int | float, max_lr: float, min_lr: float, warmup_steps: int | float, cosine_steps: int | float
+) -> float:
+    """The learning rate at `step`: linear warm-up, cosine annealing, then constant.
+
+    step / warmup_steps * max_lr before `warmup_steps`; half a cosine from `max_lr` down to `min_lr` at
+    `cosine_steps`; `min_lr` after it. CS336 A1 section 4.4.
+
+    >>> [round(cosine_schedule(t, 1.0, 0.1, 2, 6), 3) for t in range(8)]
+    [0.0, 0.5, 1.0, 0.868, 0.55, 0.232, 0.1, 0.1]
+    """
+    if step < warmup_steps:
+        return step / warmup_steps * max_lr
+    if step >= cosine_steps:
+        return min_lr
+    progress = (step - warmup_steps) / (cosine_steps - warmup_steps)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
+
+
+def trapezoid_schedule(
+    step: int | float,
+    max_lr: float,
+    min_lr: float,
+    warmup_steps: int | float,
+    decay_steps: int | float,
+    total_steps: int | float,
+) -> float:
+    """The learning rate at `step`: linear warm-up, constant, then a linear way down over the last `decay_steps`.
+
+    Also called warm-up, stable, decay (Hu et al. 2024). `min_lr` from `total_steps` on.
+
+    >>> [round(trapezoid_schedule(t, 1.0, 0.0, 2, 4, 8), 2) for t in range(9)]
+    [0.0, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    if step < warmup_steps:
+        return step / warmup_steps * max_lr
+    if step >= total_steps:
+        return min_lr
+    remaining = (total_steps - step) / decay_steps if decay_steps else 1.0
+    return min_lr + min(1.0, remaining) * (max_lr - min_lr)
+
+
+@torch.no_grad()
+def clip_gradients(params: Iterable[Parameter], max_norm: float, eps: float = 1e-6) -> Float[Tensor, ""]:
+    """Scale all gradients so that their joint Euclidean norm is at most `max_norm`; return the norm before.
+
+    The factor is min(1, max_norm / (norm + eps)); it stays on the device, so nothing waits for the number.
+    CS336 A1 section 4.5.
+    """
+    gradients = [param.grad for param in params if param.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norm = torch.stack(torch._foreach_norm(gradients)).square().sum().sqrt()
+    torch._foreach_mul_(gradients, (max_norm / (norm + eps)).clamp(max=1.0))
+    return norm

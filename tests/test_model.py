@@ -1,0 +1,180 @@
+"""The whole model: causality, variants, cache, state dict, learning."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lm.functional import cross_entropy
+from lm.model import TransformerConfig, TransformerLM
+from lm.optim import AdamW
+
+SMALL = {"vocab_size": 40, "context_length": 12, "num_layers": 2, "num_heads": 2, "d_model": 16, "d_ff": 32}
+VARIANTS = [
+    {},
+    {"norm": "post"},
+    {"norm": "none"},
+    {"position": "none"},
+    {"ffn": "silu"},
+    {"head": "tied"},
+    {"attention": "fused"},
+    {"activation_checkpointing": True},
+]
+
+
+def small_model(**variant):
+    torch.manual_seed(0)
+    return TransformerLM(TransformerConfig(**SMALL | variant))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_future_cannot_change_the_past(variant):
+    model = small_model(**variant)
+    token_ids = torch.randint(40, (1, 12))
+    embeddings = model.token_embeddings.weight[token_ids].detach().requires_grad_()
+    model.token_embeddings.forward = lambda _: embeddings  # an instance attribute: gradients with respect to positions
+    logits = model(token_ids)
+    for position in (0, 5, 11):
+        (gradient,) = torch.autograd.grad(logits[0, position].square().sum(), embeddings, retain_graph=True)
+        reached = gradient[0].abs().sum(-1) > 0
+        assert reached.tolist() == [i <= position for i in range(12)]
+
+
+def test_the_order_of_the_tokens_matters():
+    model = small_model()
+    token_ids = torch.arange(12)
+    swapped = torch.cat((token_ids[:10].flip(0), token_ids[10:]))
+    assert not torch.allclose(model(token_ids)[-1], model(swapped)[-1], atol=1e-3)
+    unordered = small_model(position="none", num_layers=1)
+    torch.testing.assert_close(unordered(token_ids)[-1], unordered(swapped)[-1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_each_variant_overfits_one_batch(variant):
+    model = small_model(**variant)
+    optimizer = AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    tokens = torch.randint(40, (4, 13))
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2
+
+
+def test_the_state_dict_has_the_reference_names():
+    names = {"token_embeddings.weight", "ln_final.weight", "lm_head.weight"}
+    for layer, name in itertools.product(
+        (0, 1),
+        ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "ffn.w1", "ffn.w2", "ffn.w3", "ln1", "ln2"),
+    ):
+        names.add(f"layers.{layer}.{name}.weight")
+    assert set(small_model().state_dict()) == names
+    assert "lm_head.weight" not in small_model(head="tied").state_dict()
+    assert not any("ln" in name for name in small_model(norm="none").state_dict())
+
+
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_the_first_loss_is_near_that_of_uniform_guessing(head):
+    torch.manual_seed(0)
+    model = TransformerLM(TransformerConfig(**SMALL | {"vocab_size": 1000, "d_model": 64, "head": head}))
+    tokens = torch.randint(1000, (16, 13))
+    loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
+    assert 6.4 < loss < 8  # log(1000) = 6.9
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 1, 1, 5], [3, 9]], ids=str)
+@torch.no_grad()
+def test_the_cache_equals_full_recomputation(variant, pieces):
+    model = small_model(**variant)
+    token_ids = torch.randint(40, (3, 12))
+    cache = model.make_cache(3)
+    logits = torch.cat([model(piece, cache) for piece in token_ids.split(pieces, dim=1)], dim=1)
+    assert cache.length == 12
+    torch.testing.assert_close(logits, model(token_ids), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_cache_can_be_rewound():
+    model = small_model()
+    token_ids = torch.randint(40, (2, 12))
+    cache = model.make_cache(2)
+    model(token_ids.flip(1), cache)
+    cache.length = 0
+    model(token_ids[:, :8], cache)
+    cache.length = 4
+    torch.testing.assert_close(model(token_ids[:, 4:], cache), model(token_ids)[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+def test_too_many_positions_are_refused():
+    model = small_model()
+    with pytest.raises(ValueError, match="13 tokens after 0 exceed the context_length=12"):
+        model(torch.zeros(1, 13, dtype=torch.long))
+    cache = model.make_cache(1, max_length=6)
+    model(torch.zeros(1, 6, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match="1 tokens after 6 exceed the cache's max_length=6"):
+        model(torch.zeros(1, 1, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match=r"max_length=13 must be in \[1, context_length=12\]"):
+        model.make_cache(1, max_length=13)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7)])
+def test_any_leading_dimensions(shape):
+    model = small_model()
+    token_ids = torch.randint(40, shape)
+    torch.testing.assert_close(model(token_ids).reshape(-1, 7, 40), model(token_ids.reshape(-1, 7)))
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    tokens = torch.randint(40, (2, 13))
+    results = []
+    for checkpointing in (False, True):
+        model = small_model(activation_checkpointing=checkpointing)
+        loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
+        results.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 3}, "num_heads=3 must divide d_model=16"),
+        ({"d_model": 6}, "d_model=6 over num_heads=2 gives heads of odd length 3"),
+        ({"vocab_size": 0}, "vocab_size=0 must be positive"),
+        ({"norm": "layer"}, "norm='layer' must be one of pre, post, none"),
+        ({"position": "sine"}, "position='sine' must be one of rope, none"),
+        ({"ffn": "relu"}, "ffn='relu' must be one of swiglu, silu"),
+        ({"head": "both"}, "head='both' must be one of untied, tied"),
+        ({"attention": "flash"}, "attention='flash' must be one of scratch, fused"),
+    ],
+)
+def test_bad_configurations_are_refused(change, message):
+    config = object.__new__(TransformerConfig)  # past the type checks of the test run, which know the literals too
+    vars(config).update(vars(TransformerConfig(**SMALL)) | change)
+    with pytest.raises(ValueError, match=message):
+        config.__post_init__()
+
+
+def test_bfloat16_parameters_give_finite_logits_near_float32():
+    model = small_model()
+    token_ids = torch.randint(40, (2, 12))
+    expected = model(token_ids)
+    logits = model.bfloat16()(token_ids)
+    assert logits.dtype == torch.bfloat16
+    assert F.cosine_similarity(logits.float(), expected, dim=-1).min() > 0.995
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS[:-1], ids=str)
+def test_compiled_equals_eager(variant):
+    model = small_model(**variant)
+    tokens = torch.randint(40, (2, 13))
+
+    def loss_and_gradients(forward):
+        loss = cross_entropy(forward(tokens[:, :-1]), tokens[:, 1:])
+        return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(loss_and_gradients(compiled), loss_and_gradients(model), rtol=1e-4, atol=1e-5)
