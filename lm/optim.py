@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 
@@ -20,7 +19,7 @@ class SGD(Optimizer):
         ValueError: `lr` is negative.
     """
 
-    def __init__(self, params: Iterable[Parameter], lr: float = 1e-3) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3) -> None:
         if lr < 0:
             raise ValueError(f"lr={lr} must not be negative")
         super().__init__(params, {"lr": lr})
@@ -57,7 +56,7 @@ class AdamW(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Parameter] | Iterable[dict[str, Any]],
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -138,7 +137,7 @@ def trapezoid_schedule(
 
 
 @torch.no_grad()
-def clip_gradients(params: Iterable[Parameter], max_norm: float, eps: float = 1e-6) -> Float[Tensor, ""]:
+def clip_gradients(params: Iterable[Tensor], max_norm: float, eps: float = 1e-6) -> Float[Tensor, ""]:
     """Scale all gradients so that their joint Euclidean norm is at most `max_norm`; return the norm before.
 
     The factor is min(1, max_norm / (norm + eps)); it stays on the device, so nothing waits for the number.

@@ -1,0 +1,208 @@
+"""Optimizers against torch.optim, schedules against the formula, clipping against torch."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lm.optim import SGD, AdamW, clip_gradients, cosine_schedule, trapezoid_schedule
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(300, 7), nn.Tanh(), nn.Linear(7, 5, bias=False))
+
+
+def train(net, optimizer, steps, seed=0):
+    """Fit random targets, with a batch per step that depends on the step alone."""
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(1000 * seed + step)
+        x, y = torch.randn(16, 300, generator=generator), torch.randn(16, 5, generator=generator)
+        optimizer.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])
+def test_adamw_equals_torch_over_100_steps(weight_decay, betas):
+    ours, theirs = small_net().double(), small_net().double()
+    options = {"lr": 1e-2, "betas": betas, "eps": 1e-20, "weight_decay": weight_decay}
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(ours, AdamW(ours.parameters(), **options), 100)
+        train(theirs, torch.optim.AdamW(theirs.parameters(), **options), 100)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_adamw_is_near_torch_in_float32_with_the_usual_eps():
+    """torch adds eps to the bias-corrected root, the handout to the plain one: they differ by less than eps does."""
+    ours, theirs = small_net(), small_net()
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    train(ours, AdamW(ours.parameters(), **options), 100)
+    train(theirs, torch.optim.AdamW(theirs.parameters(), **options), 100)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_adamw_is_the_formula_written_out():
+    theta = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    optimizer = AdamW([theta], lr=0.1, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.5)
+    expected, m, v = theta.detach().clone(), 0, 0
+    for t in range(1, 6):
+        gradient = torch.tensor([math.sin(t), math.cos(t)], dtype=torch.float64)
+        theta.grad = gradient.clone()
+        optimizer.step()
+        expected = expected - 0.1 * 0.5 * expected
+        m, v = 0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient**2
+        expected = expected - 0.1 * math.sqrt(1 - 0.99**t) / (1 - 0.9**t) * m / (v.sqrt() + 1e-3)
+    torch.testing.assert_close(theta.detach(), expected)
+
+
+def test_adamw_goes_on_bit_for_bit_from_its_state(tmp_path):
+    net = small_net()
+    optimizer = AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
+    train(net, optimizer, 5)
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    train(net, optimizer, 5, seed=1)
+
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = small_net()
+    resumed.load_state_dict(saved["net"])
+    again = AdamW(resumed.parameters())
+    again.load_state_dict(saved["optimizer"])
+    train(resumed, again, 5, seed=1)
+    for a, b in zip(net.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_adamw_leaves_parameters_without_a_gradient_alone():
+    used, unused = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = AdamW([used, unused], lr=0.1, weight_decay=0.5)
+    used.grad = torch.ones(3)
+    optimizer.step()
+    assert not used.eq(1).any()
+    assert unused.eq(1).all()
+    assert unused not in optimizer.state
+
+
+def test_adamw_takes_groups_with_options_of_their_own():
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = AdamW([{"params": [parameters[0]], "weight_decay": 0.0}, {"params": [parameters[1]]}], weight_decay=0.5)
+    for parameter in parameters:
+        parameter.grad = torch.zeros(3)
+    optimizer.step()
+    assert parameters[0].eq(1).all()
+    assert parameters[1].lt(1).all()
+
+
+def test_adamw_takes_gradients_of_any_memory_layout():
+    results = []
+    for transpose in (False, True):
+        torch.manual_seed(0)
+        parameter, gradient = nn.Parameter(torch.randn(40, 30)), torch.randn(40, 30)
+        parameter.grad = gradient.T.contiguous().T if transpose else gradient
+        AdamW([parameter]).step()
+        results.append(parameter.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("optimizer_class", [SGD, AdamW])
+def test_a_closure_is_run_with_gradients(optimizer_class):
+    parameter = nn.Parameter(torch.ones(()))
+    optimizer = optimizer_class([parameter], lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = parameter.square()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 1
+    assert parameter < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr=-1.0 must not be negative"),
+        ({"eps": -1.0}, "eps=-1.0 must not be negative"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 must not be negative"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) must be in \[0, 1\)"),
+    ],
+)
+def test_adamw_refuses_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdamW([nn.Parameter(torch.ones(1))], **options)
+
+
+def test_sgd_decays_its_step():
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = SGD([parameter], lr=2.0)
+    expected = 0.0
+    for t in range(4):
+        parameter.grad = torch.ones(1, dtype=torch.float64)
+        optimizer.step()
+        expected -= 2.0 / math.sqrt(t + 1)
+        assert parameter.item() == pytest.approx(expected)
+
+
+def test_sgd_refuses_a_negative_rate():
+    with pytest.raises(ValueError, match=r"lr=-1\.0 must not be negative"):
+        SGD([nn.Parameter(torch.ones(1))], lr=-1.0)
+
+
+def test_cosine_schedule_is_the_handouts_example():
+    rates = [cosine_schedule(step, 1.0, 0.1, 7, 21) for step in range(25)]
+    expected = [t / 7 for t in range(7)]
+    expected += [0.1 + 0.45 * (1 + math.cos(math.pi * (t - 7) / 14)) for t in range(7, 22)]
+    expected += [0.1] * 3
+    assert rates == pytest.approx(expected)
+
+
+def test_schedules_without_warm_up_or_decay():
+    assert cosine_schedule(0, 1.0, 0.1, 0, 10) == 1.0
+    assert cosine_schedule(5, 1.0, 0.1, 5, 5) == 0.1
+    assert trapezoid_schedule(0, 1.0, 0.1, 0, 0, 10) == 1.0
+    assert trapezoid_schedule(9, 1.0, 0.1, 0, 0, 10) == 1.0
+    assert trapezoid_schedule(10, 1.0, 0.1, 0, 0, 10) == 0.1
+
+
+def test_schedules_take_fractions_of_a_step():
+    assert cosine_schedule(1.5, 1.0, 0.0, 2.0, 4.0) == 0.75
+    assert trapezoid_schedule(7.5, 1.0, 0.0, 2.0, 1.0, 8.0) == 0.5
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e3])
+def test_clipping_equals_torch(max_norm):
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in [(), (7,), (3, 4)]] + [nn.Parameter(torch.zeros(2))]
+    for parameter in parameters[:-1]:
+        parameter.grad = torch.randn(parameter.shape)
+    others = copy.deepcopy(parameters)
+    for parameter, other in zip(parameters[:-1], others, strict=False):
+        other.grad = parameter.grad.clone()
+    norm = clip_gradients(parameters, max_norm)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(others, max_norm))
+    for a, b in zip(parameters[:-1], others, strict=False):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert parameters[-1].grad is None
+
+
+def test_clipping_a_generator_and_nothing():
+    parameter = nn.Parameter(torch.zeros(2))
+    assert clip_gradients([parameter], 1.0) == 0
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert clip_gradients((p for p in [parameter]), 1.0) == 5
+    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]))
+
+
+def test_clipping_shows_an_infinite_norm():
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([1.0, math.inf])
+    assert clip_gradients([parameter], 1.0) == math.inf
