@@ -234,8 +234,7 @@ def _sha256(path: Path) -> str:
 class AtomicCheckpointIO:
     """Lightning's CheckpointIO: every checkpoint of a run is atomic, recorded and verified.
 
-    `checkpoint["metrics"]`, measured on these very weights, goes into the record, where `best_checkpoint` looks for
-    "val/loss". Lightning takes the class for one of its own after `CheckpointIO.register(AtomicCheckpointIO)`; so
+    Lightning takes the class for one of its own after `CheckpointIO.register(AtomicCheckpointIO)`; said elsewhere, so
     that this file loads without Lightning.
     """
 
@@ -268,9 +267,24 @@ def _write_record(path: Path, contents: Mapping[str, Any], sha256: str, size: in
         "size": size,
         "sha256": sha256,
         "step": contents.get("global_step", contents.get("iteration")),
-        "metrics": contents.get("metrics", {}),
+        "metrics": {},
     }
     with atomic_write(path.with_suffix(".json"), "w") as file:
+        json.dump(record, file, indent=1)
+
+
+def note_metrics(path: PathLike, metrics: Mapping[str, float]) -> None:
+    """Add to a checkpoint's record what was measured on its weights after it was saved.
+
+    Raises:
+        FileNotFoundError: it has no record.
+    """
+    place = Path(path).with_suffix(".json")
+    record = _read_record(place)
+    if record is None:
+        raise FileNotFoundError(f"no record of a checkpoint at {place}")
+    record["metrics"] = {**record.get("metrics", {}), **metrics}
+    with atomic_write(place, "w") as file:
         json.dump(record, file, indent=1)
 
 
@@ -453,7 +467,7 @@ def load_weights(model: torch.nn.Module, state: Mapping[str, Tensor], source: st
 
 
 def _settings_behind(name: str, here: tuple[int, ...] | None, there: tuple[int, ...] | None) -> list[str]:
-    """Which fields of TransformerConfig decide whether a parameter exists (one shape is None), or its shape."""
+    """Which fields of TransformerConfig decide whether a parameter exists (one shape is None), or what shape it has."""
     if here is None or there is None:
         patterns = {r"lm_head": "head", r"ln": "norm", r"layers\.\d+\.ffn\.w3": "ffn", r"layers": "num_layers"}
         return next(([setting] for pattern, setting in patterns.items() if re.match(pattern, name)), [])
@@ -491,7 +505,7 @@ def load_model(path: PathLike, device: str | torch.device = "cpu") -> tuple[Tran
     info = {
         "path": str(path),
         "step": contents.get("global_step", contents.get("iteration")),
-        "metrics": contents.get("metrics", {}),
+        "metrics": (_read_record(path.with_suffix(".json")) or {}).get("metrics", {}),
         "transformer": contents["transformer"],
         "data": contents.get("TokenDataModule", {}),
     }
