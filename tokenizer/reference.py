@@ -4,6 +4,7 @@ Training counts pre-tokens, then merges the most frequent pair of neighbours aga
 pre-tokens and applies the merges to each, in the order in which they were learned. CS336 A1 section 2.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -25,7 +26,7 @@ def count_pairs(words: Mapping[tuple[bytes, ...], int]) -> Counter[Pair]:
     """How often each pair of neighbours stands in all words together."""
     pairs: Counter[Pair] = Counter()
     for word, count in words.items():
-        for pair in zip(word, word[1:], strict=False):
+        for pair in itertools.pairwise(word):
             pairs[pair] += count
     return pairs
 
@@ -85,7 +86,7 @@ def encode(text: str, vocab: Mapping[int, bytes], merges: Sequence[Pair], specia
     >>> [vocab[i] for i in encode("that hat<|end|>", vocab, merges, ["<|end|>"])]
     [b'th', b'at', b' ', b'h', b'at', b'<|end|>']
     """
-    ids = {token: i for i, token in reversed(vocab.items())}
+    ids = {token: i for i, token in vocab.items()}
     result: list[int] = []
     for piece, is_special in split_special_tokens(text, special_tokens):
         if is_special:
