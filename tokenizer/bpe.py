@@ -1,0 +1,518 @@
+"""`Tokenizer`: text to token ids and back.
+
+Two paths give the same ids. Small amounts of text take the plain one: `regex` finds the pre-tokens, a bounded cache
+remembers their ids, and nothing has to be compiled or even imported. From `COMPILE_AFTER` characters on, or when
+`compile` is called, the kernels do it, some ten times faster.
+"""
+
+import codecs
+import functools
+import hashlib
+import heapq
+import os
+import struct
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import regex
+from numpy.typing import NDArray
+
+from tokenizer import files, pretokenize
+
+COMPILE_AFTER = 1 << 18  # characters encoded or ids decoded; loading the kernels takes about as long as this much text
+MAX_PLAIN_CACHE = 4096  # pre-tokens, under 1 MB
+STREAM_CHARACTERS = 1 << 14  # what encode_iterable gathers before it encodes
+
+PRETOKENS = regex.compile(pretokenize.PATTERN)
+LAST_CUT = regex.compile(r"(?r)(?<=\S)\s")  # the last white space after something else: a pre-token begins there
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer: a vocabulary, merges in the order of their ranks, and special tokens.
+
+    Special tokens are found in the text first, the longest where several begin, and always become their own id. Lone
+    surrogates in a string are encoded as U+FFFD, as tiktoken does.
+
+    >>> vocab = dict(enumerate([b"<|end|>", *(bytes([byte]) for byte in range(256)), b"at", b"cat"]))
+    >>> tokenizer = Tokenizer(vocab, [(b"a", b"t"), (b"c", b"at")], ["<|end|>"])
+    >>> tokenizer.encode("cat<|end|>")
+    [258, 0]
+    >>> tokenizer.decode([258, 0])
+    'cat<|end|>'
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[int, bytes],
+        merges: Sequence[tuple[bytes, bytes]],
+        special_tokens: Sequence[str] | None = None,
+    ) -> None:
+        """Check the parts and take them over.
+
+        Args:
+            vocab: token of each id; has all 256 single bytes.
+            merges: the pairs to merge, best first; the parts and the product of each are in `vocab`.
+            special_tokens: those that `vocab` lacks get new ids after its last.
+
+        Raises:
+            ValueError: the parts do not fit together; names the entry.
+        """
+        self.special_tokens = list(special_tokens or [])
+        pretokenize.check_special_tokens(special_tokens or [])
+        self.vocab: dict[int, bytes] = dict(sorted(vocab.items()))
+        self.merges = list(merges)
+        self._add_special_tokens()
+        self._index_tokens()
+        self._check_merges()
+        self.vocab_size = max(self.vocab) + 1
+        self._special_pattern = pretokenize.special_token_pattern(self.special_tokens)
+        self._plain_cache: dict[str, list[int]] = {}
+        self._compiled: CompiledTokenizer | None = None
+        self._work_done = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.vocab, self.merges, self.special_tokens)
+
+    def _add_special_tokens(self) -> None:
+        """Set `special_ids`, of several ids with the same bytes the lowest, and add what `vocab` lacks."""
+        ids: dict[bytes, int] = {}
+        for token_id, token in self.vocab.items():
+            if not isinstance(token_id, int) or token_id < 0:
+                raise ValueError(f"vocab has id {token_id!r}: ids are integers >= 0")
+            ids.setdefault(token, token_id)
+        self.special_ids: dict[str, int] = {}
+        for special in self.special_tokens:
+            special_id = ids.get(special.encode(), -1)
+            if special_id < 0:
+                special_id = max(self.vocab, default=-1) + 1
+                self.vocab[special_id] = special.encode()
+            self.special_ids[special] = special_id
+
+    def _index_tokens(self) -> None:
+        """Set `_ids`, the id of each token; a single byte that is also a special token has two ids."""
+        special = {token_id: self.vocab[token_id] for token_id in self.special_ids.values()}
+        self._ids: dict[bytes, int] = {}
+        for token_id, token in self.vocab.items():
+            if token_id in special:
+                continue
+            if token in self._ids:
+                raise ValueError(f"vocab has {token!r} twice: ids {self._ids[token]} and {token_id}")
+            self._ids[token] = token_id
+        for token_id, token in special.items():
+            self._ids.setdefault(token, token_id)
+        for byte in range(256):
+            if bytes([byte]) not in self._ids:
+                raise ValueError(f"vocab lacks the single byte 0x{byte:02X}: some text could not be encoded")
+
+    def _check_merges(self) -> None:
+        for rank, (left, right) in enumerate(self.merges):
+            for token in (left, right, left + right):
+                if token not in self._ids:
+                    raise ValueError(f"merges[{rank}] is {left!r} + {right!r}, but vocab lacks {token!r}")
+
+    @classmethod
+    def from_files(
+        cls,
+        vocab_filepath: str | os.PathLike[str],
+        merges_filepath: str | os.PathLike[str],
+        special_tokens: Sequence[str] | None = None,
+    ) -> "Tokenizer":
+        """The tokenizer in GPT-2's `vocab.json` and `merges.txt`; see `files.read_gpt2` for what it raises."""
+        vocab, merges = files.read_gpt2(vocab_filepath, merges_filepath, special_tokens or [])
+        return cls(vocab, merges, special_tokens)
+
+    @classmethod
+    def from_directory(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """The tokenizer that `save` wrote, or a folder with GPT-2's two files or a `tokenizer.json` alone.
+
+        Without a `meta.json` the one special token is `<|endoftext|>`, if the vocabulary has it. Warns when this
+        machine's `regex` classes characters otherwise than the one that the tokenizer was trained with.
+
+        Raises:
+            ValueError: a file is corrupt, or the files do not belong together.
+            FileNotFoundError: no tokenizer is there.
+        """
+        folder = Path(path)
+        meta = files.read_meta(folder)
+        if not (folder / "vocab.json").exists() and (folder / "tokenizer.json").exists():
+            return cls(*files.read_hf(folder / "tokenizer.json"))
+        guess = [] if meta else ["<|endoftext|>"]
+        special_tokens = meta.get("special_tokens", guess)
+        vocab, merges = files.read_gpt2(folder / "vocab.json", folder / "merges.txt", special_tokens)
+        if not meta and b"<|endoftext|>" not in vocab.values():
+            special_tokens = []
+        tokenizer = cls(vocab, merges, special_tokens)
+        if meta.get("sha256", tokenizer.sha256) != tokenizer.sha256:
+            raise ValueError(f"{folder}: vocab.json and merges.txt are not those that meta.json was written for")
+        _warn_of_other_classes(meta.get("unicode", {}), folder)
+        return tokenizer
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `vocab.json`, `merges.txt`, `tokenizer.json` and `meta.json` into the folder `path`.
+
+        Raises:
+            ValueError: two tokens would be written alike, see `files.spell_vocab`.
+        """
+        folder = Path(path)
+        files.write_gpt2(folder, self.vocab, self.merges, self.special_tokens)
+        files.write_hf(folder / "tokenizer.json", self.vocab, self.merges, self.special_tokens)
+        files.write_json(folder / "meta.json", self.meta())
+
+    def meta(self) -> dict[str, Any]:
+        """What `meta.json` says of the tokenizer."""
+        return {
+            "special_tokens": self.special_tokens,
+            "vocab_size": self.vocab_size,
+            "sha256": self.sha256,
+            "unicode": pretokenize.unicode_version(),
+        }
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of vocabulary, merges and special tokens: equal for equal tokenizers."""
+        parts = [f"{token_id} {token.hex()}" for token_id, token in self.vocab.items()]
+        parts += [f"{left.hex()}+{right.hex()}" for left, right in self.merges]
+        parts += [f"special {token.encode().hex()}" for token in self.special_tokens]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`."""
+        if self._compiled is None:
+            self._work_done += len(text)
+            if self._work_done < COMPILE_AFTER:
+                return self._encode_plain(text)
+            self.compile()
+        assert self._compiled is not None
+        return self._compiled.encode(text)
+
+    def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
+        """The token ids of the pieces of `iterable` joined, one by one, wherever the pieces were cut.
+
+        Holds back only the text whose ids the next piece could change, so that memory stays under 1 MB unless a
+        single pre-token is larger. Never loads the kernels, which alone are larger: call `compile` first for speed.
+        """
+        pieces: list[str] = []
+        length, enough = 0, 256
+        for piece in iterable:
+            pieces.append(piece)
+            length += len(piece)
+            if length < enough:
+                continue
+            text = "".join(pieces)
+            settled = self._settled(text)
+            yield from self._encode_without_loading(text[:settled])
+            pieces, length = [text[settled:]], len(text) - settled
+            # Doubling what is held back keeps the time linear while no place to cut comes.
+            enough = max(min(2 * enough, STREAM_CHARACTERS), 2 * length)
+        yield from self._encode_without_loading("".join(pieces))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: an id is not in the vocabulary; names it.
+        """
+        if not isinstance(ids, list | tuple):
+            ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        if self._compiled is None:
+            self._work_done += len(ids)
+            if self._work_done >= COMPILE_AFTER:
+                self.compile()
+        if self._compiled is not None and len(ids) > 64:
+            data = self._compiled.decode(ids)
+            if data is not None:
+                return data.decode("utf-8", "replace")
+        try:
+            return b"".join(map(self.vocab.__getitem__, ids)).decode("utf-8", "replace")
+        except KeyError as error:
+            self._refuse_id(error.args[0])
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of token ids as it comes, in whole characters; the pieces joined are what `decode` gives.
+
+        Raises:
+            ValueError: an id is not in the vocabulary; names it.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token_id in ids:
+            if token_id not in self.vocab:
+                self._refuse_id(token_id)
+            if text := decoder.decode(self.vocab[token_id]):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
+
+    def compile(self) -> None:
+        """Load the kernels now instead of after `COMPILE_AFTER` characters; compiles them if no process has yet."""
+        if self._compiled is None:
+            self._compiled = CompiledTokenizer(self)
+
+    def _refuse_id(self, token_id: object) -> NoReturn:
+        raise ValueError(f"token id {token_id!r} is not in the vocabulary (ids 0 to {self.vocab_size - 1})")
+
+    def _encode_without_loading(self, text: str) -> list[int]:
+        return self._encode_plain(text) if self._compiled is None else self._compiled.encode(text)
+
+    def _settled(self, text: str) -> int:
+        """How many characters of `text` have ids that no continuation of it can change."""
+        # A special token, or a longer one in its place, could still begin from `open_from` on.
+        open_from = len(text) - max(map(len, self.special_tokens), default=0) + 1
+        done = 0
+        if self._special_pattern:
+            for match in self._special_pattern.finditer(text):
+                if match.start() >= open_from:
+                    break
+                done = match.end()
+        if done >= open_from:
+            return done
+        if cut := LAST_CUT.search(text, done + 1, open_from):
+            return cut.start()
+        # One run without white space. More text can change its last pre-token, or the last two: ' + l becomes 'll.
+        starts = [match.start() for match in PRETOKENS.finditer(text, done, open_from)]
+        return starts[-2] if len(starts) > 2 and not text[starts[-2] - 1].isspace() else done
+
+    def _encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = []
+        try:
+            position = 0
+            for match in self._special_pattern.finditer(text) if self._special_pattern else ():
+                self._append_plain(text[position : match.start()], ids)
+                ids.append(self.special_ids[match.group()])
+                position = match.end()
+            self._append_plain(text[position:], ids)
+        except UnicodeEncodeError:
+            return self._encode_plain(_replace_lone_surrogates(text))
+        return ids
+
+    def _append_plain(self, text: str, ids: list[int]) -> None:
+        """Append the ids of `text`, which has no special tokens."""
+        cache = self._plain_cache
+        for pretoken in PRETOKENS.findall(text):
+            known = cache.get(pretoken)
+            if known is None:
+                known = merge_pretoken([self._ids[b"%c" % byte] for byte in pretoken.encode()], self._ranks)
+                if len(cache) >= MAX_PLAIN_CACHE:
+                    cache.clear()
+                if len(pretoken) <= 64:
+                    cache[pretoken] = known
+            ids += known
+
+    @functools.cached_property
+    def _ranks(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """{pair of ids: (rank, id of the product)}; of a repeated merge the first counts."""
+        ids = self._ids
+        ranks: dict[tuple[int, int], tuple[int, int]] = {}
+        for rank, (left, right) in enumerate(self.merges):
+            ranks.setdefault((ids[left], ids[right]), (rank, ids[left + right]))
+        return ranks
+
+
+def merge_pretoken(ids: list[int], ranks: Mapping[tuple[int, int], tuple[int, int]]) -> list[int]:
+    """Merge one pre-token: the pair of lowest rank first, the leftmost of equals; O(n log n).
+
+    Merged tokens stay at the place of their left part, in a linked list; a pair in the heap that is no longer there
+    is passed over.
+
+    Args:
+        ids: the id of each byte; used as the list.
+        ranks: {pair of ids: (rank, id of the product)}.
+
+    >>> merge_pretoken([1, 1, 1, 2], {(1, 1): (0, 3), (1, 2): (1, 4)})
+    [3, 4]
+    """
+    if len(ids) < 2:
+        return ids
+    end = len(ids)
+    after = list(range(1, end + 1))
+    before = list(range(-1, end - 1))
+    gone = -1
+    heap: list[tuple[int, int, int, int, int]] = []
+
+    def push(i: int, j: int) -> None:
+        if (found := ranks.get((ids[i], ids[j]))) is not None:
+            heapq.heappush(heap, (found[0], i, found[1], ids[i], ids[j]))
+
+    for i in range(end - 1):
+        push(i, i + 1)
+    while heap:
+        _, i, product, left, right = heapq.heappop(heap)
+        j = after[i]
+        if ids[i] != left or j == end or ids[j] != right:
+            continue
+        ids[i], ids[j] = product, gone
+        after[i] = k = after[j]
+        if k < end:
+            before[k] = i
+            push(i, k)
+        if i > 0:
+            push(before[i], i)
+    return [token_id for token_id in ids if token_id != gone]
+
+
+class CompiledTokenizer:
+    """The kernels with the tables of one tokenizer; safe to use from several threads, one at a time."""
+
+    SCRATCH = 1 << 18  # bytes of text for which the arrays are kept from call to call
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.encoder = BytesEncoder(tokenizer, max_slots=1 << 18)
+        self._lock = threading.Lock()
+        self._starts = np.empty(self.SCRATCH + 1, np.uint32)
+        self._ids = np.empty(self.SCRATCH + 3, np.uint32)
+        tokens = [tokenizer.vocab.get(token_id, b"") for token_id in range(tokenizer.vocab_size)]
+        self._token_bytes = np.frombuffer(b"".join(tokens) + bytes(64), np.uint8)
+        self._token_ends = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+        self._has_every_id = len(tokenizer.vocab) == tokenizer.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`."""
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:
+            data = _replace_lone_surrogates(text).encode()
+        size = len(data)
+        buffer = np.frombuffer(data + PADDING_BYTES, np.uint8)
+        with self._lock:
+            starts, ids = self._starts, self._ids
+            if size > self.SCRATCH:
+                starts, ids = np.empty(size + 1, np.uint32), np.empty(size + 3, np.uint32)
+            count = self.encoder.encode(buffer, size, starts, ids)
+            return ids[:count].tolist()
+
+    def decode(self, ids: Sequence[int]) -> bytes | None:
+        """The bytes of token ids; None if one of them is no id."""
+        from tokenizer.kernels import encode as kernels
+
+        try:
+            packed = np.frombuffer(struct.pack(f"{len(ids)}I", *ids), np.uint32)
+        except struct.error:
+            return None
+        if not self._has_every_id:
+            return None
+        size = kernels.decoded_size(packed, self._token_ends)
+        if size < 0:
+            return None
+        out = np.empty(size + 64, np.uint8)
+        kernels.decode_ids(packed, self._token_bytes, self._token_ends, out)
+        return out[:size].tobytes()
+
+
+PADDING_BYTES = bytes(64)
+
+
+class BytesEncoder:
+    """UTF-8 bytes to ids by the kernels, with a cache of pre-tokens of its own: one per thread.
+
+    Args:
+        tokenizer: whose ids.
+        max_slots: most pre-tokens that the cache has room for, a power of two; a slot takes 32 bytes, half of them
+            get filled. A full cache starts again empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_slots: int = 1 << 21) -> None:
+        from tokenizer.kernels import encode as kernels
+
+        self._kernels = kernels
+        self._max_words = kernels.SLOT * max_slots
+        ids = tokenizer._ids
+        products = [(ids[left], ids[right], ids[left + right]) for left, right in tokenizer.merges]
+        columns = np.array(products, np.uint32).reshape(-1, 3).T.copy()
+        self._rules = kernels.Rules(
+            pairs=np.zeros((1 << max(10, (2 * len(products)).bit_length()), 2), np.uint64),
+            byte_ids=np.array([ids[bytes([byte])] for byte in range(256)], np.uint32),
+        )
+        kernels.fill_pairs(columns[0], columns[1], columns[2], self._rules.pairs)
+        self._work = self._empty_work(1024)
+        self._classes = pretokenize.unicode_classes()
+        self._specials = pretokenize.special_token_arrays(tokenizer.special_tokens)
+        self._special_ids = np.array([tokenizer.special_ids[token] for token in tokenizer.special_tokens], np.uint32)
+        self._cache = self._empty_cache(kernels.SLOT * min(max_slots, 1 << 14))
+
+    def _empty_cache(self, words: int) -> Any:
+        return self._kernels.Cache(np.zeros(words, np.uint64), np.empty(words // 4, np.uint32), np.zeros(2, np.int64))
+
+    def _empty_work(self, longest: int) -> Any:
+        return self._kernels.Work(
+            lows=np.empty(self._kernels.BATCH, np.uint64),
+            highs=np.empty(self._kernels.BATCH, np.uint64),
+            homes=np.empty(self._kernels.BATCH, np.uint64),
+            needed=np.zeros(1, np.int64),
+            ids=np.empty(longest, np.uint32),
+            merges=np.empty(longest, np.uint64),
+            after=np.empty(longest, np.int32),
+            before=np.empty(longest, np.int32),
+            heap=np.empty(2 * longest, np.uint64),
+        )
+
+    def encode(self, text: NDArray[np.uint8], size: int, starts: NDArray[np.uint32], ids: NDArray[Any]) -> int:
+        """Write the ids of text[:size] to `ids`; their number.
+
+        Args:
+            text: bytes, of which 64 after `size` must be readable.
+            size: length of the text.
+            starts: scratch, room for size + 1.
+            ids: of an integer type that holds every id; room for size + 3.
+        """
+        position = count = 0
+        while True:
+            position, added = self._kernels.encode_text(
+                text,
+                position,
+                size,
+                self._classes,
+                self._specials,
+                self._special_ids,
+                self._rules,
+                self._cache,
+                self._work,
+                starts,
+                ids[count:],
+            )
+            count += added
+            if position >= size:
+                return count
+            if self._work.needed[0] > len(self._work.ids):
+                self._work = self._empty_work(int(self._work.needed[0]))
+            else:
+                self._make_room()
+
+    def _make_room(self) -> None:
+        """Make the cache four times as large, or empty it where it is as large as it may get."""
+        slots, _, used = self._cache
+        try:
+            if 4 * len(slots) > self._max_words:
+                raise MemoryError
+            larger = self._empty_cache(4 * len(slots))
+        except MemoryError:
+            slots[:] = 0
+            used[:] = 0
+            return
+        self._kernels.rebuild(slots, larger.slots)
+        larger.spill[: used[1]] = self._cache.spill[: used[1]]
+        larger.used[:] = used
+        self._cache = larger
+
+
+def _replace_lone_surrogates(text: str) -> str:
+    """Pairs of surrogates become their character, single ones U+FFFD.
+
+    >>> _replace_lone_surrogates("\\ud83d\\ude00 \\ud83d")
+    '😀 �'
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _warn_of_other_classes(recorded: Mapping[str, str], folder: Path) -> None:
+    if recorded.get("regex", regex.__version__) == regex.__version__:
+        return
+    here = pretokenize.unicode_version()
+    if recorded.get("classes") != here["classes"]:
+        warnings.warn(
+            f"{folder} was made with regex {recorded['regex']}; regex {here['regex']} here takes some characters for "
+            "other kinds, so text that has them may get other ids",
+            stacklevel=3,
+        )

@@ -1,0 +1,472 @@
+"""Text to token ids: scan, look each pre-token up in a cache, and merge only what the cache does not have.
+
+Most pre-tokens of a text have occurred before, so encoding is mainly a hash table of pre-token → ids. A slot is four
+words: the key (up to 15 bytes inline with their number, or the hash and length of a longer one), up to three ids, and
+how many ids there are. What does not fit inline, more ids and the bytes of long keys, lies in a second array, `spill`.
+Slots are looked up in batches: the whole batch is asked of memory before the first answer is needed.
+
+`merge_short` and `merge_long` are `tokenizer.reference.encode` for one pre-token: the merge of lowest rank first, the
+leftmost of equals. The first looks through all pairs for each merge; the second keeps them in a heap, so that a
+pre-token of n bytes takes O(n log n).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenizer.kernels.machine import NONE, ONE, kernel, load_word, prefetch
+from tokenizer.kernels.scan import SpecialTokens, find_special_token, scan
+
+Word = np.uint64
+LOW_HALF = Word(0xFFFFFFFF)
+HALF = Word(32)
+NO_MERGE = Word(0xFFFFFFFFFFFFFFFF)  # greater than any rank
+MULTIPLIER = Word(0x9E3779B97F4A7C15)  # odd, close to 2**64 / golden ratio (Fibonacci hashing)
+MIXER = Word(0xC2B2AE3D27D4EB4F)
+
+SLOT = 4  # words per slot
+BATCH = 64  # pre-tokens looked up together
+INLINE_BYTES = 15
+INLINE_IDS = 3
+LONG = ONE << Word(63)  # marks the key of a pre-token that is longer than INLINE_BYTES
+MAX_CACHED_BYTES = 256
+MAX_QUADRATIC_BYTES = 64
+PIECE = 1 << 15  # bytes scanned together: their starts stay in the fastest cache
+
+LOW_MASKS = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(INLINE_BYTES + 1)], np.uint64)
+HIGH_MASKS = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(INLINE_BYTES + 1)], np.uint64)
+
+
+class Rules(NamedTuple):
+    """The merges of a vocabulary."""
+
+    pairs: NDArray[np.uint64]  # (power of two, 2) hash table: (left << 32 | right) + 1, rank << 32 | product
+    byte_ids: NDArray[np.uint32]  # id of each byte
+
+
+class Cache(NamedTuple):
+    """Pre-tokens and their ids; one per thread."""
+
+    slots: NDArray[np.uint64]  # SLOT words each: low key, high key (0 = free), ids 0 and 1, id 2 and the number of ids
+    spill: NDArray[np.uint32]
+    used: NDArray[np.int64]  # slots in use, entries of `spill` in use
+
+
+class Work(NamedTuple):
+    """Scratch space; the arrays from `ids` on have room for the longest pre-token."""
+
+    lows: NDArray[np.uint64]  # BATCH keys, and where the search for each begins
+    highs: NDArray[np.uint64]
+    homes: NDArray[np.uint64]
+    needed: NDArray[np.int64]  # longest pre-token met, in bytes
+    ids: NDArray[np.uint32]
+    merges: NDArray[np.uint64]
+    after: NDArray[np.int32]
+    before: NDArray[np.int32]
+    heap: NDArray[np.uint64]  # twice as long
+
+
+@kernel
+def fill_pairs(
+    lefts: NDArray[np.uint32], rights: NDArray[np.uint32], products: NDArray[np.uint32], pairs: NDArray[np.uint64]
+) -> None:
+    """Fill the empty `Rules.pairs` with the merges in the order of their ranks; of a repeated one the first counts."""
+    mask = Word(len(pairs) - 1)
+    for rank in range(len(lefts)):
+        key = ((Word(lefts[rank]) << HALF) | Word(rights[rank])) + ONE
+        i = ((key * MULTIPLIER) >> HALF) & mask
+        while pairs[i, 0] != NONE and pairs[i, 0] != key:
+            i = (i + ONE) & mask
+        if pairs[i, 0] == NONE:
+            pairs[i, 0] = key
+            pairs[i, 1] = (Word(rank) << HALF) | Word(products[rank])
+
+
+@kernel
+def find_merge(left: int, right: int, pairs: NDArray[np.uint64]) -> Word:
+    """rank << 32 | product of the merge of two tokens, NO_MERGE if there is none."""
+    mask = Word(len(pairs) - 1)
+    key = ((Word(left) << HALF) | Word(right)) + ONE
+    i = ((key * MULTIPLIER) >> HALF) & mask
+    while True:
+        if pairs[i, 0] == key:
+            return pairs[i, 1]
+        if pairs[i, 0] == NONE:
+            return NO_MERGE
+        i = (i + ONE) & mask
+
+
+@kernel
+def merge_short(ids: NDArray[np.uint32], count: int, merges: NDArray[np.uint64], pairs: NDArray[np.uint64]) -> int:
+    """Merge `ids[:count]` in place; the new count. Quadratic: for short pre-tokens, where it is the fastest.
+
+    Args:
+        merges: room for count entries; holds the merge of each pair of neighbours.
+    """
+    for i in range(count - 1):
+        merges[i] = find_merge(ids[i], ids[i + 1], pairs)
+    while count > 1:
+        best = 0
+        for i in range(1, count - 1):
+            if merges[i] < merges[best]:
+                best = i
+        if merges[best] == NO_MERGE:
+            break
+        ids[best] = merges[best] & LOW_HALF
+        for i in range(best + 1, count - 1):
+            ids[i] = ids[i + 1]
+            merges[i] = merges[i + 1]
+        count -= 1
+        if best > 0:
+            merges[best - 1] = find_merge(ids[best - 1], ids[best], pairs)
+        if best + 1 < count:
+            merges[best] = find_merge(ids[best], ids[best + 1], pairs)
+    return count
+
+
+@kernel
+def sift_down(heap: NDArray[np.uint64], size: int, hole: int, value: Word) -> None:
+    """Put `value` at or below `hole` of a binary min-heap."""
+    while 2 * hole + 1 < size:
+        child = 2 * hole + 1
+        if child + 1 < size and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= value:
+            break
+        heap[hole] = heap[child]
+        hole = child
+    heap[hole] = value
+
+
+@kernel
+def sift_up(heap: NDArray[np.uint64], hole: int, value: Word) -> None:
+    """Put `value` at or above `hole` of a binary min-heap."""
+    while hole > 0 and heap[(hole - 1) // 2] > value:
+        heap[hole] = heap[(hole - 1) // 2]
+        hole = (hole - 1) // 2
+    heap[hole] = value
+
+
+@kernel
+def merge_long(
+    ids: NDArray[np.uint32],
+    count: int,
+    merges: NDArray[np.uint64],
+    after: NDArray[np.int32],
+    before: NDArray[np.int32],
+    heap: NDArray[np.uint64],
+    pairs: NDArray[np.uint64],
+) -> int:
+    """Merge `ids[:count]` in place; the new count. O(count log count).
+
+    Tokens form a linked list in place; a merge leaves its left position and removes its right one. The heap holds
+    rank << 32 | position of the left token; an entry counts only if it is still the merge of that position.
+    """
+    size = 0
+    for i in range(count):
+        after[i] = i + 1
+        before[i] = i - 1
+    for i in range(count - 1):
+        merges[i] = find_merge(ids[i], ids[i + 1], pairs)
+        if merges[i] != NO_MERGE:
+            heap[size] = (merges[i] & ~LOW_HALF) | Word(i)
+            size += 1
+    merges[count - 1] = NO_MERGE
+    for i in range(size // 2 - 1, -1, -1):
+        sift_down(heap, size, i, heap[i])
+
+    while size > 0:
+        top = heap[0]
+        size -= 1
+        if size > 0:
+            sift_down(heap, size, 0, heap[size])
+        left = np.int64(top & LOW_HALF)
+        if merges[left] == NO_MERGE or (merges[left] ^ top) >> HALF != NONE:
+            continue
+        right = np.int64(after[left])
+        ids[left] = merges[left] & LOW_HALF
+        merges[left] = merges[right] = NO_MERGE
+        beyond = np.int64(after[right])
+        after[left] = beyond
+        if beyond < count:
+            before[beyond] = left
+            merges[left] = find_merge(ids[left], ids[beyond], pairs)
+            if merges[left] != NO_MERGE:
+                sift_up(heap, size, (merges[left] & ~LOW_HALF) | Word(left))
+                size += 1
+        if left > 0:
+            first = np.int64(before[left])
+            merges[first] = find_merge(ids[first], ids[left], pairs)
+            if merges[first] != NO_MERGE:
+                sift_up(heap, size, (merges[first] & ~LOW_HALF) | Word(first))
+                size += 1
+
+    kept = 0
+    position = np.int64(0)
+    while position < count:
+        ids[kept] = ids[position]
+        kept += 1
+        position = np.int64(after[position])
+    return kept
+
+
+@kernel
+def hash_bytes(text: NDArray[np.uint8], begin: int, length: int) -> Word:
+    """A hash of text[begin : begin + length]."""
+    value = MULTIPLIER ^ Word(length)
+    whole = length - length % 8
+    for i in range(begin, begin + whole, 8):
+        value = (value ^ load_word(text, i)) * MIXER
+        value ^= value >> HALF
+    if length > whole:
+        rest = load_word(text, begin + whole) & ((ONE << Word(8 * (length - whole))) - ONE)
+        value = (value ^ rest) * MIXER
+        value ^= value >> HALF
+    return value
+
+
+@kernel
+def slot_of(low: Word, high: Word, slots: NDArray[np.uint64]) -> Word:
+    """Index in `slots` where the search for a key begins."""
+    value = low * MULTIPLIER + high * MIXER
+    value = (value ^ (value >> HALF)) * MULTIPLIER
+    return ((value >> HALF) * Word(SLOT)) & Word(len(slots) - SLOT)
+
+
+@kernel
+def rebuild(old: NDArray[np.uint64], new: NDArray[np.uint64]) -> None:
+    """Move all slots of `old` into the larger and empty `new`."""
+    for i in range(0, len(old), SLOT):
+        if old[i + 1] == NONE:
+            continue
+        slot = slot_of(old[i], old[i + 1], new)
+        while new[slot + ONE] != NONE:
+            slot = (slot + Word(SLOT)) & Word(len(new) - SLOT)
+        for word in range(SLOT):
+            new[slot + Word(word)] = old[i + word]
+
+
+@kernel
+def same_bytes(text: NDArray[np.uint8], begin: int, length: int, spill: NDArray[np.uint32], position: int) -> bool:
+    """Whether text[begin : begin + length] is the long key stored at spill[position:]."""
+    for i in range(length):  # noqa: SIM110  Numba compiles no generators
+        if text[begin + i] != (spill[position + i // 4] >> (8 * (i % 4))) & 255:
+            return False
+    return True
+
+
+@kernel
+def merge_pretoken(text: NDArray[np.uint8], begin: int, length: int, rules: Rules, work: Work) -> int:
+    """Write the ids of the pre-token text[begin : begin + length] to `work.ids`; their number."""
+    for i in range(length):
+        work.ids[i] = rules.byte_ids[text[begin + i]]
+    if length <= MAX_QUADRATIC_BYTES:
+        return merge_short(work.ids, length, work.merges, rules.pairs)
+    return merge_long(work.ids, length, work.merges, work.after, work.before, work.heap, rules.pairs)
+
+
+@kernel
+def store(
+    text: NDArray[np.uint8],
+    begin: int,
+    length: int,
+    ids: NDArray[np.uint32],
+    count: int,
+    low: Word,
+    high: Word,
+    slot: Word,
+    cache: Cache,
+) -> None:
+    """Fill the free `slot` with a key and its ids, if there is room."""
+    long_words = (length + 3) // 4 if length > INLINE_BYTES else 0
+    spilled = count if count > INLINE_IDS or long_words > 0 else 0
+    position = cache.used[1]
+    if 2 * SLOT * (cache.used[0] + 1) > len(cache.slots) or position + spilled + long_words > len(cache.spill):
+        return
+    cache.slots[slot] = low
+    cache.slots[slot + ONE] = high
+    if spilled > 0:
+        for i in range(count):
+            cache.spill[position + i] = ids[i]
+        for i in range(long_words):
+            word = np.uint32(0)
+            for j in range(4 * i, min(4 * i + 4, length)):
+                word |= np.uint32(text[begin + j]) << np.uint32(8 * (j - 4 * i))
+            cache.spill[position + count + i] = word
+        cache.slots[slot + Word(2)] = Word(position)
+        cache.slots[slot + Word(3)] = Word(count + INLINE_IDS) << HALF
+        cache.used[1] += spilled + long_words
+    else:
+        second = Word(ids[1]) if count > 1 else NONE
+        third = Word(ids[2]) if count > 2 else NONE
+        cache.slots[slot + Word(2)] = Word(ids[0]) | (second << HALF)
+        cache.slots[slot + Word(3)] = third | (Word(count) << HALF)
+    cache.used[0] += 1
+
+
+@kernel
+def encode_pretokens(
+    text: NDArray[np.uint8],
+    starts: NDArray[np.uint32],
+    num_pretokens: int,
+    rules: Rules,
+    cache: Cache,
+    work: Work,
+    out: NDArray[np.uint32],
+    count: np.int64,
+) -> np.int64:
+    """Append the ids of pre-tokens text[starts[i] : starts[i + 1]] to `out[count:]`; the new count."""
+    slots, spill = cache.slots, cache.spill
+    wrap = Word(len(slots) - SLOT)
+    lows, highs, homes = work.lows, work.highs, work.homes
+    for first in range(0, num_pretokens, BATCH):
+        size = min(BATCH, num_pretokens - first)
+        for i in range(size):
+            begin = np.int64(starts[first + i])
+            length = np.int64(starts[first + i + 1]) - begin
+            if length <= INLINE_BYTES:
+                lows[i] = load_word(text, begin) & LOW_MASKS[length]
+                highs[i] = (load_word(text, begin + 8) & HIGH_MASKS[length]) | (Word(length) << Word(56))
+            else:
+                lows[i] = hash_bytes(text, begin, length)
+                highs[i] = LONG | Word(length)
+            homes[i] = slot_of(lows[i], highs[i], slots)
+            prefetch(slots, np.int64(homes[i]) * 8)
+        for i in range(size):
+            low, high, slot = lows[i], highs[i], homes[i]
+            while slots[slot + ONE] != NONE:
+                if slots[slot] == low and slots[slot + ONE] == high:
+                    number = np.int64(slots[slot + Word(3)] >> HALF)
+                    if number <= INLINE_IDS:
+                        out[count] = slots[slot + Word(2)] & LOW_HALF
+                        out[count + 1] = slots[slot + Word(2)] >> HALF
+                        out[count + 2] = slots[slot + Word(3)] & LOW_HALF
+                        count += number
+                        break
+                    number -= INLINE_IDS
+                    position = np.int64(slots[slot + Word(2)])
+                    begin, length = np.int64(starts[first + i]), np.int64(high & ~LONG)
+                    if high < LONG or same_bytes(text, begin, length, spill, position + number):
+                        for j in range(number):
+                            out[count + j] = spill[position + j]
+                        count += number
+                        break
+                slot = (slot + Word(SLOT)) & wrap
+            else:
+                begin = np.int64(starts[first + i])
+                length = np.int64(starts[first + i + 1]) - begin
+                number = np.int64(merge_pretoken(text, begin, length, rules, work))
+                for j in range(number):
+                    out[count + j] = work.ids[j]
+                if length <= MAX_CACHED_BYTES:
+                    store(text, begin, length, work.ids, number, low, high, slot, cache)
+                count += number
+    return count
+
+
+@kernel
+def is_cut(text: NDArray[np.uint8], position: int) -> bool:
+    """Whether a pre-token surely begins at `position`: a blank or line feed after a visible ASCII character."""
+    return (text[position] == 32 or text[position] == 10) and 32 < text[position - 1] < 127
+
+
+@kernel
+def piece_end(text: NDArray[np.uint8], begin: int, end: int) -> int:
+    """Where to cut text[begin:end] so that about PIECE bytes are scanned together; `end` if no place is near."""
+    if end - begin <= PIECE:
+        return end
+    for position in range(begin + PIECE, begin, -1):
+        if is_cut(text, position):
+            return position
+    for position in range(begin + PIECE, end):
+        if is_cut(text, position):
+            return position
+    return end
+
+
+@kernel
+def longest(starts: NDArray[np.uint32], num_pretokens: int) -> np.int64:
+    """Length of the longest pre-token."""
+    length = np.int64(0)
+    for i in range(num_pretokens):
+        length = max(length, np.int64(starts[i + 1]) - np.int64(starts[i]))
+    return length
+
+
+@kernel
+def encode_text(
+    text: NDArray[np.uint8],
+    begin: int,
+    end: int,
+    classes: NDArray[np.uint8],
+    specials: SpecialTokens,
+    special_ids: NDArray[np.uint32],
+    rules: Rules,
+    cache: Cache,
+    work: Work,
+    starts: NDArray[np.uint32],
+    out: NDArray[np.uint32],
+) -> tuple[int, np.int64]:
+    """Write the ids of text[begin:end] to `out`; where it stopped, and the number of ids.
+
+    It stops before `end` when the cache is nearly full, or when a pre-token is longer than `work` has room for (then
+    `work.needed` says how long): the caller makes room and calls again from there.
+
+    Args:
+        text: bytes, of which 64 after `end` must be readable.
+        special_ids: id of each special token, in the order that `specials.numbers` refers to.
+        starts: scratch, room for end - begin + 1 entries (few of them touched, unless the text has no blanks).
+        out: of any integer type that holds the ids; room for end - begin + 3 of them.
+    """
+    count = np.int64(0)
+    while begin < end:
+        stop, row = end, np.int64(-1)
+        if len(specials.numbers) > 0:
+            stop, row = find_special_token(text, begin, end, specials)
+        while begin < stop:
+            if 8 * SLOT * cache.used[0] > 3 * len(cache.slots) or 4 * cache.used[1] > 3 * len(cache.spill):
+                return begin, count
+            piece = piece_end(text, begin, stop)
+            number = scan(text, begin, piece, classes, starts, 0)
+            starts[number] = piece
+            work.needed[0] = longest(starts, number)
+            if work.needed[0] > len(work.ids):
+                return begin, count
+            count = encode_pretokens(text, starts, number, rules, cache, work, out, count)
+            begin = piece
+        if row >= 0:
+            out[count] = special_ids[specials.numbers[row]]
+            count += np.int64(1)
+            begin = stop + specials.offsets[row + 1] - specials.offsets[row]
+    return begin, count
+
+
+@kernel
+def decoded_size(ids: NDArray[np.uint32], token_ends: NDArray[np.int64]) -> np.int64:
+    """Bytes that `ids` stand for; -1 if one of them is no id.
+
+    Args:
+        token_ends: where each token's bytes end, after a leading 0.
+    """
+    size = np.int64(0)
+    for token_id in ids:
+        if token_id >= len(token_ends) - 1:
+            return np.int64(-1)
+        size += token_ends[token_id + 1] - token_ends[token_id]
+    return size
+
+
+@kernel
+def decode_ids(
+    ids: NDArray[np.uint32], token_bytes: NDArray[np.uint8], token_ends: NDArray[np.int64], out: NDArray[np.uint8]
+) -> None:
+    """Write the bytes of `ids` to `out`, which has `decoded_size` + 64 entries."""
+    end = np.int64(0)
+    for token_id in ids:
+        begin = token_ends[token_id]
+        length = token_ends[token_id + 1] - begin
+        for first in range(0, length, 16):
+            for i in range(16):  # a constant number of bytes is one move; the surplus is overwritten by the next token
+                out[end + first + i] = token_bytes[begin + first + i]
+        end += length
