@@ -101,8 +101,11 @@ class TokenFile:
         return TokenFile, (self.path,)  # a worker process opens its own
 
 
+Tokens = np.ndarray | TokenFile
+
+
 def take_windows(
-    tokens: np.ndarray | TokenFile, starts: Sequence[int] | np.ndarray, context_length: int
+    tokens: Tokens, starts: Sequence[int] | np.ndarray, context_length: int
 ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
     """Inputs `tokens[s : s + context_length]` and targets one further, for every start s, as int64."""
     rows = [tokens[s : s + context_length + 1] for s in np.asarray(starts).tolist()]
@@ -156,8 +159,8 @@ class WindowOrder:
     def starts(self, first: int, count: int) -> Int[np.ndarray, " count"]:
         """The starts number `first` to `first + count - 1`."""
         if self.windows == "replacement":
-            # Philox is random access: block k of four numbers is a hash of (key, k). numpy promises the raw stream.
-            raw = np.random.Philox(key=[self.seed, 0], counter=first // 4).random_raw(first % 4 + count)[first % 4 :]
+            # Philox is random access: four numbers at a time are a hash of key and counter.
+            raw = philox(self.seed, 0, first // 4).random_raw(first % 4 + count)[first % 4 :]
             return (raw % np.uint64(self.num_tokens - self.context_length)).astype(np.int64)
         per_epoch = (self.num_tokens - 1) // self.context_length
         epoch, position = np.divmod(np.arange(first, first + count), per_epoch)
@@ -168,11 +171,16 @@ class WindowOrder:
         return shuffled_windows(self.num_tokens, self.context_length, self.seed, epoch)
 
 
+def philox(seed: int, stream: int, counter: int = 0) -> np.random.Philox:
+    """Random 64-bit numbers: a generator whose raw output NumPy keeps the same in all versions."""
+    return np.random.Philox(key=np.array([seed, stream], np.uint64), counter=counter)
+
+
 @functools.lru_cache(maxsize=2)  # a batch may lie across two epochs
 def shuffled_windows(num_tokens: int, context_length: int, seed: int, epoch: int) -> np.ndarray:
     """The starts of all windows of one epoch, in its order: int64, (num_tokens - 1) // context_length of them."""
     num_windows, spare = divmod(num_tokens - 1, context_length)
-    raw = np.random.Philox(key=[seed, 1 + epoch]).random_raw(num_windows + 1)
+    raw = philox(seed, 1 + epoch).random_raw(num_windows + 1)
     offset = int(raw[-1]) % (spare + 1)
     return np.argsort(raw[:-1], kind="stable") * context_length + offset
 
@@ -184,7 +192,7 @@ class TrainingBatches(Dataset):
     """
 
     def __init__(
-        self, tokens: TokenFile, order: WindowOrder, batch_size: int, rank: int, world_size: int, starts_only: bool
+        self, tokens: Tokens, order: WindowOrder, batch_size: int, rank: int, world_size: int, starts_only: bool
     ):
         self.tokens, self.order, self.batch_size, self.starts_only = tokens, order, batch_size, starts_only
         self.rank, self.world_size = rank, world_size
@@ -214,7 +222,7 @@ class ValidationBatches(Dataset):
     batches, as collective operations inside a forward need it.
     """
 
-    def __init__(self, tokens: TokenFile, context_length: int, batch_size: int, rank: int = 0, world_size: int = 1):
+    def __init__(self, tokens: Tokens, context_length: int, batch_size: int, rank: int = 0, world_size: int = 1):
         self.tokens, self.context_length = tokens, context_length
         num_windows = math.ceil((len(tokens) - 1) / context_length)
         per_rank = math.ceil(num_windows / world_size)
@@ -366,6 +374,8 @@ class TokenDataModule(pl.LightningDataModule):
         for name in ("context_length", "val_context_length", "batch_size", "val_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers} must be 0 or more")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed={seed} must be in [0, 2**64)")
         if valid_text is not None and train_text is None:
