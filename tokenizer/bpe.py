@@ -6,6 +6,7 @@ remembers their ids, and nothing has to be compiled or even imported. From `COMP
 """
 
 import codecs
+import copy
 import functools
 import hashlib
 import heapq
@@ -26,6 +27,8 @@ from tokenizer import files, pretokenize
 COMPILE_AFTER = 1 << 18  # characters encoded or ids decoded; loading the kernels takes about as long as this much text
 MAX_PLAIN_CACHE = 4096  # pre-tokens, under 1 MB
 STREAM_CHARACTERS = 1 << 14  # what encode_iterable gathers before it encodes
+
+FIRST_SLOTS = 1 << 14  # pre-tokens that a new cache of the kernels has room for
 
 PRETOKENS = regex.compile(pretokenize.PATTERN)
 LAST_CUT = regex.compile(r"(?r)(?<=\S)\s")  # the last white space after something else: a pre-token begins there
@@ -204,11 +207,11 @@ class Tokenizer:
                 continue
             text = "".join(pieces)
             settled = self._settled(text)
-            yield from self._encode_without_loading(text[:settled])
+            yield from self.encode_without_loading(text[:settled])
             pieces, length = [text[settled:]], len(text) - settled
             # Doubling what is held back keeps the time linear while no place to cut comes.
             enough = max(min(2 * enough, STREAM_CHARACTERS), 2 * length)
-        yield from self._encode_without_loading("".join(pieces))
+        yield from self.encode_without_loading("".join(pieces))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD.
@@ -254,7 +257,8 @@ class Tokenizer:
     def _refuse_id(self, token_id: object) -> NoReturn:
         raise ValueError(f"token id {token_id!r} is not in the vocabulary (ids 0 to {self.vocab_size - 1})")
 
-    def _encode_without_loading(self, text: str) -> list[int]:
+    def encode_without_loading(self, text: str) -> list[int]:
+        """`encode`, which never loads the kernels."""
         return self._encode_plain(text) if self._compiled is None else self._compiled.encode(text)
 
     def _settled(self, text: str) -> int:
@@ -362,7 +366,8 @@ class CompiledTokenizer:
         self.encoder = BytesEncoder(tokenizer, max_slots=1 << 18)
         self._lock = threading.Lock()
         self._starts = np.empty(self.SCRATCH + 1, np.uint32)
-        self._ids = np.empty(self.SCRATCH + 3, np.uint32)
+        self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        self._ids = np.empty(self.SCRATCH + 3, self._dtype)
         tokens = [tokenizer.vocab.get(token_id, b"") for token_id in range(tokenizer.vocab_size)]
         self._token_bytes = np.frombuffer(b"".join(tokens) + bytes(64), np.uint8)
         self._token_ends = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
@@ -379,7 +384,7 @@ class CompiledTokenizer:
         with self._lock:
             starts, ids = self._starts, self._ids
             if size > self.SCRATCH:
-                starts, ids = np.empty(size + 1, np.uint32), np.empty(size + 3, np.uint32)
+                starts, ids = np.empty(size + 1, np.uint32), np.empty(size + 3, self._dtype)
             count = self.encoder.encode(buffer, size, starts, ids)
             return ids[:count].tolist()
 
@@ -430,10 +435,17 @@ class BytesEncoder:
         self._classes = pretokenize.unicode_classes()
         self._specials = pretokenize.special_token_arrays(tokenizer.special_tokens)
         self._special_ids = np.array([tokenizer.special_ids[token] for token in tokenizer.special_tokens], np.uint32)
-        self._cache = self._empty_cache(kernels.SLOT * min(max_slots, 1 << 14))
+        self._cache = self._empty_cache(kernels.SLOT * FIRST_SLOTS)
 
     def _empty_cache(self, words: int) -> Any:
         return self._kernels.Cache(np.zeros(words, np.uint64), np.empty(words // 4, np.uint32), np.zeros(2, np.int64))
+
+    def copy(self) -> "BytesEncoder":
+        """One for another thread: the same tables, an empty cache of its own."""
+        other = copy.copy(self)
+        other._cache = self._empty_cache(self._kernels.SLOT * FIRST_SLOTS)
+        other._work = self._empty_work(1024)
+        return other
 
     def _empty_work(self, longest: int) -> Any:
         return self._kernels.Work(
@@ -457,6 +469,8 @@ class BytesEncoder:
             starts: scratch, room for size + 1.
             ids: of an integer type that holds every id; room for size + 3.
         """
+        text = text.view()
+        text.flags.writeable = False  # one compiled kernel for all callers
         position = count = 0
         while True:
             position, added = self._kernels.encode_text(

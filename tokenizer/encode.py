@@ -1,0 +1,452 @@
+"""Text files to a file of token ids: streamed, in parallel, resumable.
+
+Threads take chunks of text from a `ChunkReader`, encode them without the GIL, and append their ids to the output in the
+order of the text. The ids grow in a hidden part file beside the output, with a journal of how far they are good; a run
+that was killed goes on from there when it is started again. The final name appears when everything is in it.
+"""
+
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenizer import files
+from tokenizer.bpe import BytesEncoder, Tokenizer
+from tokenizer.chunks import (
+    PADDING,
+    Chunk,
+    ChunkReader,
+    CompressedFile,
+    Errors,
+    Paths,
+    PlainFile,
+    default_threads,
+    list_paths,
+    read_text,
+)
+from tokenizer.progress import progress_bar
+
+CHUNK_BYTES = 1 << 21
+JOURNAL_SECONDS = 5.0  # at most this much work is lost when the process is killed
+SMALL_BYTES = 1 << 19  # up to here no kernel is loaded: it would take longer than the work
+HEADER_BYTES = 128  # of an .npy file, whatever the number of ids in it
+SEPARATOR = "<|endoftext|>"  # between documents
+
+
+class Shard(NamedTuple):
+    """Part `part` of a text in `of` parts, counted from 1."""
+
+    part: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """The shard written like 3/64.
+
+        >>> Shard.parse("3/64")
+        Shard(part=3, of=64)
+        """
+        part, _, of = text.partition("/")
+        if not (part.isdecimal() and of.isdecimal() and 1 <= int(part) <= int(of)):
+            raise ValueError(f"shard={text!r} must be like 3/64, from 1/64 to 64/64")
+        return cls(int(part), int(of))
+
+
+def encode_files(
+    tokenizer: Tokenizer,
+    input_paths: Paths,
+    output_path: str | os.PathLike[str],
+    *,
+    num_threads: int | None = None,
+    shard: Shard | str | None = None,
+    errors: Errors = "strict",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Write the token ids of text files, one after the other, as a one-dimensional .npy file; its record.
+
+    The ids are uint16, or uint32 (said on stderr) where the vocabulary has more than 65,536 ids. The record, token,
+    byte and document counts, the greatest id, and the hash of the text, also goes into `meta.json` beside the output,
+    under `splits` and the output's name. No pre-token spans two files. The ids do not depend on the number of threads.
+
+    Called again after being killed or interrupted, it goes on where the killed run was, if text, tokenizer and options
+    are the same, and ends with the same bytes.
+
+    Args:
+        tokenizer: what to encode with.
+        input_paths: UTF-8 text files; .gz and .xz are decompressed.
+        output_path: name of the .npy file; an older file of that name is replaced at the end.
+        num_threads: by default one per processor.
+        shard: encode only this part of the text; the ids of all shards, joined in order, are those of the whole.
+        errors: refuse bytes that are no UTF-8 ("strict"), or encode U+FFFD instead ("replace").
+        progress: draw a progress bar also where stderr is no terminal.
+
+    Raises:
+        ValueError: bad text (with file and offset), a file that changed while it was read, another process that writes
+            the same output, or a folder that holds something else.
+        OSError: the disk has too little room, found out early from the first chunk, or at the end.
+    """
+    paths, output = list_paths(input_paths), Path(output_path)
+    if output.suffix != ".npy":
+        raise ValueError(f"output_path={os.fspath(output_path)!r} must end in .npy")
+    if isinstance(shard, str):
+        shard = Shard.parse(shard)
+    threads = default_threads(num_threads)
+    dtype = np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
+    if dtype.itemsize > 2:
+        print(f"tokenizer: {tokenizer.vocab_size} ids do not fit uint16; {output} will be uint32", file=sys.stderr)
+    check_dataset_meta(output, tokenizer)
+
+    def open_reader() -> ShardReader:
+        return ShardReader(paths, tokenizer.special_tokens, errors, shard)
+
+    reader = open_reader()
+    job = {
+        "inputs": [[str(file.path.resolve()), file.before.st_size, file.before.st_mtime_ns] for file in reader.files],
+        "tokenizer": tokenizer.sha256,
+        "options": [dtype.str, errors, shard, CHUNK_BYTES],
+    }
+    with TokenWriter(output, dtype, job, tokenizer, reader.num_bytes) as writer:
+        if reader.num_bytes is not None and reader.num_bytes <= SMALL_BYTES and shard is None:
+            writer.start_over()
+            for number, path in enumerate(paths):
+                text = read_text(path, errors)
+                ids = np.array(tokenizer.encode_without_loading(text), dtype)
+                writer.append(number, np.frombuffer(text.encode(), np.uint8), ids)
+        else:
+            if not writer.skip_done(reader):
+                writer.start_over()
+                reader = open_reader()
+            _encode_chunks(tokenizer, reader, writer, threads, progress)
+        reader.check_unchanged()
+        record = writer.finish()
+    if shard is not None:
+        record["shard"] = f"{shard.part}/{shard.of}"
+    write_dataset_meta(output, tokenizer, record)
+    return record
+
+
+def _encode_chunks(
+    tokenizer: Tokenizer, reader: "ShardReader", writer: "TokenWriter", num_threads: int, progress: bool
+) -> None:
+    """Encode the chunks of `reader` into `writer` in threads. An error stops all; the first in the text is raised."""
+    errors: list[tuple[int, BaseException]] = []
+    encoder = BytesEncoder(tokenizer)
+
+    def work(encoder: BytesEncoder) -> None:
+        buffer = np.empty(0, np.uint8)
+        starts, ids = np.empty(0, np.uint32), np.empty(0, writer.dtype)
+        number = -1
+        try:
+            while (taken := reader.take(buffer)) is not None:
+                number, chunk = taken
+                buffer = chunk.text
+                chunk = reader.check(chunk)
+                if len(starts) < chunk.length + 1:
+                    starts, ids = np.empty(chunk.length + 1, np.uint32), np.empty(chunk.length + 3, writer.dtype)
+                count = encoder.encode(chunk.text, chunk.length, starts, ids)
+                writer.append(number, chunk.text[: chunk.length], ids[:count])
+        except BaseException as error:
+            errors.append((number, error))
+            reader.stopped = True
+            writer.stop_waiting()
+
+    with (
+        ThreadPoolExecutor(num_threads) as pool,
+        progress_bar("encoding", reader.num_bytes, "bytes", progress) as show,
+    ):
+        try:
+            futures = [pool.submit(work, encoder)]
+            futures += [pool.submit(work, encoder.copy()) for _ in range(num_threads - 1)]
+            while wait(futures, timeout=0.1).not_done:
+                show(writer.done.num_bytes)
+        except BaseException:
+            reader.stopped = True
+            raise
+    failures = [(number, error) for number, error in errors if not isinstance(error, _StoppedWaiting)]
+    if failures:
+        raise min(failures, key=lambda failure: failure[0])[1]
+
+
+class ShardReader(ChunkReader):
+    """A `ChunkReader` that numbers its chunks, and can be held to one shard of the text."""
+
+    def __init__(self, paths: list[Path], special_tokens: list[str], errors: Errors, shard: Shard | None) -> None:
+        super().__init__(paths, special_tokens, errors, CHUNK_BYTES)
+        self.num_chunks = 0
+        self.last = (len(self.files), 0)  # the file and the place in it where the shard ends
+        if shard is not None:
+            if self.num_bytes is None:
+                raise ValueError(f"shard={shard.part}/{shard.of} needs text files that are not compressed")
+            total = self.num_bytes
+            self.current, self.offset = self._cut_from(total * (shard.part - 1) // shard.of)
+            self.last = self._cut_from(total * shard.part // shard.of)
+            self.num_bytes = total // shard.of
+
+    def _cut_from(self, position: int) -> tuple[int, int]:
+        """The first place to cut from byte `position` of all files on: number of the file and offset in it."""
+        for number, file in enumerate(self.files):
+            size = file.before.st_size
+            if position < size:
+                return number, self._first_cut(file, position) if position else 0
+            position -= size
+        return len(self.files), 0
+
+    def _first_cut(self, file: PlainFile, position: int) -> int:
+        self.chunk_bytes, usual = position, self.chunk_bytes
+        try:
+            return self._end_of_chunk(file, 0)
+        finally:
+            self.chunk_bytes = usual
+
+    def _next_piece(self) -> tuple[PlainFile, int, int] | None:
+        piece = super()._next_piece()
+        if piece is None or (self.current, piece[1]) >= self.last:
+            return None
+        file, begin, end = piece
+        if (self.current, end) > self.last:
+            end = self.offset = self.last[1]
+        return file, begin, end
+
+    def take(self, buffer: NDArray[np.uint8]) -> tuple[int, Chunk] | None:
+        """Number and text of the next chunk, None at the end; uses `buffer` for it, if that is large enough."""
+        with self.lock:
+            piece = self._next_piece()
+            if piece is None:
+                return None
+            file, begin, end = piece
+            number = self.num_chunks
+            self.num_chunks += 1
+            if len(buffer) < end - begin + PADDING:
+                buffer = np.zeros(end - begin + PADDING, np.uint8)
+            if isinstance(file, CompressedFile):
+                file.read_into(buffer[: end - begin], begin)
+                file.forget(end)
+        if not isinstance(file, CompressedFile):
+            file.read_into(buffer[: end - begin], begin)
+        return number, Chunk(file.path, begin, end - begin, buffer)
+
+    def check(self, chunk: Chunk) -> Chunk:
+        """`chunk` with valid UTF-8, or ValueError."""
+        return self._checked(chunk)
+
+
+@dataclasses.dataclass
+class Done:
+    """How far a part file is good: the first `num_chunks` chunks of the text are in it."""
+
+    num_chunks: int = 0
+    num_bytes: int = 0
+    num_tokens: int = 0
+    num_documents: int = 0
+    in_document: bool = False  # there is text after the last separator
+    max_id: int = -1
+    text_sha256: str = hashlib.sha256().hexdigest()
+
+
+class _StoppedWaiting(Exception):
+    """Another thread has failed, so the turn of this one will not come."""
+
+
+class TokenWriter:
+    """Appends the ids of chunks to the part file of `output`, in the order of their numbers.
+
+    Used as a context. When it is left by an error the part stays, to be gone on with, unless the disk is full.
+
+    Args:
+        output: the final name.
+        dtype: of the ids.
+        job: what must be equal for a part file to be gone on with.
+        tokenizer: whose ids.
+        num_bytes: size of the text, to see early whether the disk has room; None if not known.
+    """
+
+    def __init__(
+        self, output: Path, dtype: np.dtype[Any], job: dict[str, Any], tokenizer: Tokenizer, num_bytes: int | None
+    ) -> None:
+        self.output, self.dtype = output, dtype
+        self.part = output.with_name(f".{output.name}.part")
+        self.journal = output.with_name(f".{output.name}.journal")
+        self.job = json.loads(json.dumps(job))
+        self.expected_bytes = num_bytes
+        self.separator_id = tokenizer.special_ids.get(SEPARATOR, -1)
+        self.is_blank = np.array([not tokenizer.vocab.get(i, b"").strip() for i in range(tokenizer.vocab_size)])
+        self.turn = threading.Condition()
+        self.failed = False
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Take nothing over from the part file."""
+        self.done = Done()
+        self.text_hash = hashlib.sha256()
+        self.saved_at = time.monotonic()
+
+    def __enter__(self) -> "TokenWriter":
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.file = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self.file)
+            raise ValueError(f"another process is writing {self.output}") from None
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                self.part.unlink(missing_ok=True)
+                self.journal.unlink(missing_ok=True)
+            elif error is not None:
+                self._save_journal()
+        finally:
+            os.close(self.file)
+
+    def skip_done(self, reader: ShardReader) -> bool:
+        """Read over what an earlier run has done, if its part file is good for the same job and the same text."""
+        try:
+            state = json.loads(self.journal.read_text())
+            done = Done(**state["done"])
+            size = HEADER_BYTES + done.num_tokens * self.dtype.itemsize
+            if state["job"] != self.job or os.fstat(self.file).st_size < size:
+                return False
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        buffer = np.empty(0, np.uint8)
+        for _ in range(done.num_chunks):
+            taken = reader.take(buffer)
+            if taken is None:
+                return False
+            buffer = taken[1].text
+            chunk = reader.check(taken[1])
+            self.text_hash.update(chunk.text[: chunk.length].data)
+        if self.text_hash.hexdigest() != done.text_sha256:
+            return False
+        self.done = done
+        print(f"tokenizer: going on with {self.output} after {done.num_tokens} ids", file=sys.stderr)
+        return True
+
+    def append(self, number: int, text: NDArray[np.uint8], ids: NDArray[Any]) -> None:
+        """Add the ids of chunk `number`, whose bytes are `text`, when its turn comes."""
+        with self.turn:
+            self.turn.wait_for(lambda: self.failed or number == self.done.num_chunks)
+            if self.failed:
+                raise _StoppedWaiting
+            self._write(ids.data.cast("B"), HEADER_BYTES + self.done.num_tokens * self.dtype.itemsize)
+            self.text_hash.update(text.data)
+            separators = np.flatnonzero(ids == self.separator_id) if self.separator_id >= 0 else ids[:0]
+            tail = ids[separators[-1] + 1 :] if len(separators) else ids
+            has_text = not self.is_blank[tail[:64]].all() or not self.is_blank[tail].all()
+            done = self.done
+            self.done = Done(
+                num_chunks=number + 1,
+                num_bytes=done.num_bytes + len(text),
+                num_tokens=done.num_tokens + len(ids),
+                num_documents=done.num_documents + len(separators),
+                in_document=has_text or (done.in_document and not len(separators)),
+                max_id=max(done.max_id, int(ids.max(initial=0)) if len(ids) else -1),
+                text_sha256="",
+            )
+            if number == 0:
+                self._check_room()
+            if time.monotonic() - self.saved_at > JOURNAL_SECONDS:
+                self._save_journal()
+            self.turn.notify_all()
+
+    def stop_waiting(self) -> None:
+        """Let the threads that wait for their turn give up."""
+        with self.turn:
+            self.failed = True
+            self.turn.notify_all()
+
+    def finish(self) -> dict[str, Any]:
+        """Put the part file under its final name; the record of the ids."""
+        done = self.done
+        os.ftruncate(self.file, HEADER_BYTES + done.num_tokens * self.dtype.itemsize)
+        self._write(memoryview(_npy_header(self.dtype, done.num_tokens)), 0)
+        os.fsync(self.file)
+        os.replace(self.part, self.output)
+        self.journal.unlink(missing_ok=True)
+        files.flush_folder(self.output.parent)
+        return {
+            "file": self.output.name,
+            "num_tokens": done.num_tokens,
+            "num_bytes": done.num_bytes,
+            "num_documents": done.num_documents + done.in_document,
+            "dtype": self.dtype.name,
+            "max_id": done.max_id,
+            "text_sha256": self.text_hash.hexdigest(),
+        }
+
+    def _write(self, data: memoryview, position: int) -> None:
+        while data:
+            written = os.pwrite(self.file, data, position)
+            data, position = data[written:], position + written
+
+    def _check_room(self) -> None:
+        """Raise OSError if the rest of the text, at the rate of the first chunk, does not fit on the disk."""
+        if self.expected_bytes is None or not self.done.num_bytes:
+            return
+        bytes_per_byte = self.done.num_tokens * self.dtype.itemsize / self.done.num_bytes
+        needed = int(bytes_per_byte * (self.expected_bytes - self.done.num_bytes))
+        free = shutil.disk_usage(self.output.parent).free
+        if needed > free:
+            message = f"{self.output} needs about {needed >> 20} MB more, but {free >> 20} MB are free on its disk"
+            raise OSError(errno.ENOSPC, message)
+
+    def _save_journal(self) -> None:
+        os.fdatasync(self.file)
+        done = dataclasses.replace(self.done, text_sha256=self.text_hash.hexdigest())
+        files.write_json(self.journal, {"job": self.job, "done": dataclasses.asdict(done)})
+        self.saved_at = time.monotonic()
+
+
+def _npy_header(dtype: np.dtype[Any], length: int) -> bytes:
+    """Version 1.0 of the .npy format, padded to HEADER_BYTES so that ids can be written before they are counted."""
+    entries = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({length},), }}".encode()
+    size = HEADER_BYTES - 10
+    return b"\x93NUMPY\x01\x00" + size.to_bytes(2, "little") + entries.ljust(size - 1) + b"\n"
+
+
+def check_dataset_meta(output: Path, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if the folder of `output` is a tokenizer's, or its ids are those of another tokenizer."""
+    path = output.parent / "meta.json"
+    meta = files.read_meta(output.parent)
+    if meta and "splits" not in meta:
+        raise ValueError(f"{path} is no dataset's: write {output.name} into a folder of its own")
+    if meta and meta.get("tokenizer_sha256") != tokenizer.sha256:
+        others = ", ".join(split for split in meta["splits"] if split != output.stem)
+        if others:
+            raise ValueError(f"{path}: {others} has the ids of another tokenizer: write into another folder")
+
+
+def write_dataset_meta(output: Path, tokenizer: Tokenizer, record: dict[str, Any]) -> None:
+    """Put `record` into the `meta.json` beside `output`, under `splits`; other processes may do the same."""
+    folder = os.open(output.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        meta = files.read_meta(output.parent)
+        described = tokenizer.meta()
+        files.write_json(
+            output.parent / "meta.json",
+            {
+                "format": 1,
+                "vocab_size": tokenizer.vocab_size,
+                "tokenizer_sha256": tokenizer.sha256,
+                "special_tokens": tokenizer.special_tokens,
+                "unicode": described["unicode"],
+                "splits": {**meta.get("splits", {}), output.stem: record},
+            },
+        )
+    finally:
+        os.close(folder)
