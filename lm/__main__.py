@@ -1,0 +1,66 @@
+"""`python -m lm`: every command, each imported only when it is called."""
+
+import importlib
+import os
+import sys
+import time
+
+STARTED = time.monotonic()
+
+TRAINING = {
+    "fit": "train a model; with nothing else, on the built-in corpus",
+    "validate": "loss over the whole validation set: the newest run's best checkpoint, or --ckpt_path",
+}
+TOOLS = {
+    "generate": ("lm.generate:run", "continue a prompt with a trained model"),
+    "prepare": ("lm.prepare:run", "get a corpus, train its tokenizer, encode it"),
+    "account": ("lm.accounting:run", "parameters, FLOPs, memory and time of a model"),
+    "bench": ("lm.bench:run", "speed of training and generation, beside other implementations"),
+    "sweep": ("lm.sweep:sweep", "many runs from one file"),
+    "report": ("lm.report:report", "curves and tables of a study's runs"),
+    "export": ("lm.export:run", "a checkpoint for other tools"),
+}
+
+
+def usage() -> str:
+    """All commands, one a line."""
+    commands = TRAINING | {name: text for name, (_, text) in TOOLS.items()}
+    lines = [f"  {name:<10}{text}" for name, text in commands.items()]
+    return "\n".join(
+        ["usage: python -m lm <command> [options]", "", *lines, "", "python -m lm <command> --help lists its options."]
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Dispatch a command line; the exit code."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls names that 5 drops
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    command = argv[0]
+    if command in TRAINING:
+        from lm import cli
+
+        return cli.main(argv, STARTED)
+    if command not in TOOLS:
+        from difflib import get_close_matches
+
+        close = get_close_matches(command, [*TRAINING, *TOOLS], n=1)
+        hint = f"did you mean {close[0]}?" if close else "`python -m lm --help` lists what there is"
+        print(f"error: {command!r} is no command: {hint}", file=sys.stderr)
+        return 2
+    module, name = TOOLS[command][0].split(":")
+    try:
+        from jsonargparse import auto_cli
+
+        auto_cli(getattr(importlib.import_module(module), name), args=argv[1:], prog=f"python -m lm {command}")
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,433 @@
+"""What looks on while a run trains: its figures, sample texts, the progress line, the header and the summary."""
+
+import json
+import math
+import platform
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lm.accounting import flops_per_token, num_parameters, peak_flops, training_memory_bytes
+from lm.control import RunConfig, RunControl, Stopped
+from lm.generate import generate
+from lm.module import LanguageModel
+from tokenizer import Tokenizer
+from tokenizer.files import atomic_write
+
+
+class MetricsLog(Callback):
+    """Writes the figures of the run: one line of JSON per logged update or validation, and TensorBoard's curves.
+
+    A line of `metrics.jsonl` is written whole, by one call. A resumed run cuts the file where its checkpoint's
+    counters stand, so that no line is lost and none doubled. `train/loss` is that of the very update, over all ranks;
+    the speed counts everything but validations and saving.
+
+    Args:
+        control: gives the wall-clock.
+    """
+
+    def __init__(self, control: RunControl) -> None:
+        self.control = control
+        self.tokens_seen = 0
+        self.last: dict[str, float] = {}
+        self._window: tuple[float, int] | None = None  # since when the speed is measured, and tokens seen then
+        self._num_bytes = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Tokens seen and bytes written."""
+        return {"tokens_seen": self.tokens_seen, "num_bytes": self._num_bytes}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a checkpoint."""
+        self.tokens_seen, self._num_bytes = state["tokens_seen"], state["num_bytes"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the file."""
+        self.path = Path(trainer.log_dir or trainer.default_root_dir) / "metrics.jsonl"
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Cut off what was written after the checkpoint that the run goes on from."""
+        if trainer.is_global_zero:
+            with open(self.path, "ab") as file:
+                self._num_bytes = min(self._num_bytes, file.tell())
+                file.truncate(self._num_bytes)
+        self.every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        config = pl_module.transformer
+        peak = peak_flops(device_name(trainer), matmul_dtype(trainer))
+        self.flops_share = flops_per_token(config) / (peak * trainer.world_size) if peak else None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure the speed from here, after a pause."""
+        if self._window is None:
+            self._window = time.monotonic(), self.tokens_seen
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the tokens; every `log_every_n_steps` updates a row."""
+        self.tokens_seen += batch[0].numel() * trainer.world_size
+        if trainer.fit_loop.epoch_loop._should_accumulate() or trainer.global_step % self.every:
+            return
+        self.log_update(trainer, pl_module)
+
+    def log_update(self, trainer: Trainer, module: LanguageModel) -> None:
+        """The row of the last update."""
+        loss = trainer.strategy.reduce(module.step_loss.clone(), reduce_op="mean")
+        # .item() waits for the device: it is the reason to log seldom, and it makes the clock below true.
+        row = {
+            "train/loss": loss.item(),
+            "grad_norm": module.grad_norm.item(),
+            "lr": module.learning_rate(trainer.global_step),
+        }
+        if self._window is not None:
+            began, tokens = self._window
+            row["tokens_per_second"] = (self.tokens_seen - tokens) / max(1e-9, time.monotonic() - began)
+            if self.flops_share is not None:
+                row["mfu"] = row["tokens_per_second"] * self.flops_share
+        self.write(trainer, row)
+        self._window = time.monotonic(), self.tokens_seen
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A pause."""
+        self._window = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A pause."""
+        self._window = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """The row of a validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.write(trainer, pl_module.validation_result)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """A run that diverged shows the update that did it."""
+        if isinstance(exception, Stopped) and exception.status == "diverged" and self.last_step != trainer.global_step:
+            self.log_update(trainer, pl_module)
+
+    def write(self, trainer: Trainer, figures: dict[str, float]) -> None:
+        """Append a row and give it to the loggers, at its true step and by seconds; not finite values become null."""
+        seconds = self.control.clock.now()
+        self.last_step = trainer.global_step
+        self.last |= figures
+        if not trainer.is_global_zero:
+            return
+        row = {"step": trainer.global_step, **figures, "wall_seconds": seconds, "tokens_seen": self.tokens_seen}
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        line = (json.dumps(finite) + "\n").encode()
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(line)
+        self._num_bytes += len(line)
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {**figures, "wall_seconds": seconds, "tokens_seen": self.tokens_seen}, trainer.global_step
+            )
+            losses = {f"by_seconds/{name}": value for name, value in figures.items() if name.endswith("/loss")}
+            logger.log_metrics(losses, round(seconds))
+
+
+def matmul_dtype(trainer: Trainer) -> Any:
+    """What the matrix products are computed in, in the words of `accounting.peak_flops`."""
+    precision = str(trainer.precision)
+    if precision.startswith("bf16"):
+        return "bfloat16"
+    if precision.startswith("16"):
+        return "float16"
+    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+# ------------------------------------------------------------------------------------------------------------ showing
+
+
+class Samples(Callback):
+    """A text after each validation, the same prompt and seed each time, for TensorBoard and the end of the run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.text = ""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write one where the whole model is at hand."""
+        sharded = pl_module.device_mesh is not None
+        directory = dataset(trainer).directory
+        if (
+            not (self.config.sample_tokens and trainer.is_global_zero and directory)
+            or sharded
+            or trainer.sanity_checking
+        ):
+            return
+        tokenizer = Tokenizer.from_directory(directory / "tokenizer")
+        [text] = generate(
+            pl_module.model,
+            tokenizer,
+            self.config.sample_prompt,
+            max_new_tokens=self.config.sample_tokens,
+            temperature=0.8,
+            top_p=0.95,
+        )
+        self.text = self.config.sample_prompt + text
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("sample", self.text, trainer.global_step)
+
+
+class Progress(ProgressBar):
+    """One line that moves in a terminal, else a line every ten seconds: step, loss, tokens/s, time left.
+
+    Args:
+        control: gives the time that is left.
+        metrics: gives loss and speed.
+    """
+
+    def __init__(self, control: RunControl, metrics: MetricsLog) -> None:
+        super().__init__()
+        self.control, self.metrics = control, metrics
+        self.enabled = True
+        self._bar: Any = None
+        self._shown = 0.0
+
+    def disable(self) -> None:
+        """Lightning's switch: on all ranks but the first."""
+        self.enabled = False
+
+    def enable(self) -> None:
+        """Lightning's switch."""
+        self.enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Above the moving line."""
+        print(*args, **kwargs)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to show."""
+        if self.enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            columns = (BarColumn(30), TextColumn("{task.description}"))
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            total = trainer.max_steps if trainer.max_steps > 0 else None
+            self._task = self._bar.add_task("starting", total=total, completed=trainer.global_step)
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show where the run is, now and then."""
+        now = time.monotonic()
+        if not self.enabled or "train/loss" not in self.metrics.last or now - self._shown < (0.25 if self._bar else 10):
+            return
+        self._shown = now
+        if self._bar:
+            self._bar.update(self._task, completed=trainer.global_step, description=self.line(trainer))
+        else:
+            print(self.line(trainer), file=sys.stderr, flush=True)
+
+    def line(self, trainer: Trainer) -> str:
+        """Step, losses, speed, time left."""
+        last, step = self.metrics.last, trainer.global_step
+        parts = [f"step {step:,}" + (f"/{trainer.max_steps:,}" if trainer.max_steps > 0 else "")]
+        parts.append(f"loss {last['train/loss']:.3f}")
+        if "val/loss" in last:
+            parts.append(f"val {last['val/loss']:.3f}")
+        if "tokens_per_second" in last:
+            parts.append(f"{last['tokens_per_second']:,.0f} tokens/s")
+        left = self.seconds_left(trainer)
+        return " · ".join([*parts, f"{duration(left)} left"] if left is not None else parts)
+
+    def seconds_left(self, trainer: Trainer) -> float | None:
+        """By the steps that remain at the present speed, or by the time limit if that is sooner."""
+        left = []
+        if self.control.config.max_minutes is not None:
+            left.append(60 * self.control.config.max_minutes - self.control.clock.now())
+        if "tokens_per_second" in self.metrics.last and trainer.max_steps > 0:
+            tokens = self.metrics.tokens_seen / trainer.global_step * (trainer.max_steps - trainer.global_step)
+            left.append(tokens / self.metrics.last["tokens_per_second"])
+        return max(0.0, min(left)) if left else None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so."""
+        if self._bar:
+            self._bar.update(self._task, description="validating")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """The figures of a validation stay on the screen."""
+        if self.enabled and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            text = f"step {trainer.global_step:,}: {figures(pl_module.validation_result)}"
+            if self._bar:
+                self._bar.console.print(text, highlight=False)
+            else:
+                print(text, file=sys.stderr, flush=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Clear the line."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Clear the line."""
+        self.on_train_end(trainer, pl_module)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> duration(59.6), duration(3725)
+    ('1:00', '1:02:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def figures(result: dict[str, float]) -> str:
+    """The figures of a validation in one line; what the corpus' own entropy is, where it is known.
+
+    >>> figures({"val/loss": 1.5, "val/perplexity": 4.4817, "val/bits_per_byte": 0.75})
+    'loss 1.5000 nats per token, perplexity 4.48, 0.7500 bits per byte'
+    """
+    text = f"loss {result['val/loss']:.4f} nats per token, perplexity {result['val/perplexity']:.2f}"
+    if "val/bits_per_byte" in result:
+        text += f", {result['val/bits_per_byte']:.4f} bits per byte"
+    if "val/entropy_bits_per_byte" in result:
+        text += f" (no model can get below {result['val/entropy_bits_per_byte']:.4f})"
+    return text
+
+
+# --------------------------------------------------------------------------------------------------------- the record
+
+
+class RunRecord(Callback):
+    """The run's header on the screen, a copy of its tokenizer, and at the end `summary.json` and the hparams tab."""
+
+    def __init__(self, control: RunControl, metrics: MetricsLog) -> None:
+        self.control, self.metrics = control, metrics
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Say what is going to happen; make the run's folder complete in itself."""
+        if not trainer.is_global_zero:
+            return
+        source = dataset(trainer).directory / "tokenizer"
+        shutil.copytree(source, self.control.directory / "tokenizer", dirs_exist_ok=True)
+        print(header(trainer, pl_module, self.control), flush=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """The run came to its end."""
+        self.write(trainer, pl_module, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """The run was ended."""
+        if trainer.state.fn == "fit" and hasattr(pl_module, "model"):
+            self.write(trainer, pl_module, exception.status if isinstance(exception, Stopped) else "failed")
+
+    def write(self, trainer: Trainer, module: LanguageModel, status: str) -> None:
+        """Write summary.json and the run's line in TensorBoard's hparams tab."""
+        if not trainer.is_global_zero:
+            return
+        control, config = self.control, self.control.config
+        settings = hyperparameters(trainer, module)
+        summary = {
+            "status": status,
+            "steps": trainer.global_step,
+            "tokens": self.metrics.tokens_seen,
+            "parameters": num_parameters(module.transformer),
+            "val_loss": control.last_loss,
+            "best_val_loss": control.best_loss,
+            "used_seconds": control.clock.now(),
+            "budget_seconds": None if config.max_minutes is None else 60 * config.max_minutes,
+            "reserve_seconds": None if config.max_minutes is None else control.reserve_seconds,
+            "validation": module.validation_result,
+            "directory": str(control.directory),
+            "checkpoint": None if control.saved is None else str(control.saved),
+            "settings": settings,
+        }
+        with atomic_write(control.directory / "summary.json", "w") as file:
+            json.dump(summary, file, indent=1)
+        for logger in trainer.loggers:
+            losses = {"hp/val_loss": control.last_loss, "hp/best_val_loss": control.best_loss}
+            known = {name: loss for name, loss in losses.items() if loss is not None}
+            logger.log_hyperparams(settings, **({"metrics": known} if isinstance(logger, TensorBoardLogger) else {}))
+            logger.save()
+
+
+def dataset(trainer: Trainer) -> Any:
+    """The run's data module."""
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def hyperparameters(trainer: Trainer, module: LanguageModel) -> dict[str, Any]:
+    """What makes the run, as one level of plain values."""
+    sections = {
+        "transformer": asdict(module.transformer),
+        "optimizer": asdict(module.optimizer_config),
+        "schedule": asdict(module.schedule),
+    }
+    settings = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    settings["batch_size"] = dataset(trainer).batch_size
+    settings["accumulate_grad_batches"] = trainer.accumulate_grad_batches
+    settings["world_size"] = trainer.world_size
+    settings["max_steps"] = trainer.max_steps
+    settings["precision"] = str(trainer.precision)
+    return settings
+
+
+def header(trainer: Trainer, module: LanguageModel, control: RunControl) -> str:
+    """What a run is made of and what it will take, in a few lines."""
+    config, data = module.transformer, dataset(trainer)
+    tokens_per_step = data.batch_size * data.context_length * trainer.accumulate_grad_batches * trainer.world_size
+    splits = {name: split["num_tokens"] for name, split in data.meta["splits"].items()}
+    parameters, flops = num_parameters(config), flops_per_token(config)
+    device = device_name(trainer)
+    memory = training_memory_bytes(config, data.batch_size, data.context_length, memory_precision(trainer))
+    length = f"{trainer.max_steps:,} steps" if trainer.max_steps > 0 else "steps"
+    if control.config.max_minutes is not None:
+        length += f" or {duration(60 * control.config.max_minutes)}"
+    cost = f"{flops / 1e6:,.1f} MFLOP per token, about {memory / 1e9:.2g} GB per device"
+    if trainer.max_steps > 0:
+        total = tokens_per_step * trainer.max_steps
+        length += f", {total / 1e6:,.1f} M tokens in all ({total / parameters:,.1f} per parameter)"
+        steps_left = trainer.max_steps - trainer.global_step
+        seconds = flops * tokens_per_step * steps_left / (matmul_flops(trainer) * trainer.world_size)
+        cost += f", at least {duration(seconds)} if the products alone took time"
+    lines = {
+        "run": f"{control.directory}" + (f", from step {trainer.global_step:,}" if trainer.global_step else ""),
+        "data": f"{data.directory}: " + ", ".join(f"{name} {num:,} tokens" for name, num in splits.items()),
+        "model": f"{parameters:,} parameters: {config.num_layers} layers, d_model {config.d_model}, "
+        f"{config.num_heads} heads, d_ff {config.d_ff}, vocabulary {config.vocab_size:,}, "
+        f"context {config.context_length}",
+        "train": f"{length}; {tokens_per_step:,} tokens per step; {trainer.world_size} x {device}, {trainer.precision}",
+        "cost": cost,
+    }
+    return "\n".join(f"{name:<6}{line}" for name, line in lines.items())
+
+
+def device_name(trainer: Trainer) -> str:
+    """What the device calls itself."""
+    device = trainer.strategy.root_device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+
+
+def memory_precision(trainer: Trainer) -> Any:
+    """The precision in the words of `accounting.training_memory_bytes`."""
+    precision = str(trainer.precision)
+    return precision if precision in ("bf16-mixed", "bf16-true") else "32-true"
+
+
+def matmul_flops(trainer: Trainer) -> float:
+    """The device's peak in FLOP/s; where no data sheet is known, that of one product that is timed here."""
+    device = trainer.strategy.root_device
+    peak = peak_flops(device_name(trainer), matmul_dtype(trainer))
+    if peak is not None:
+        return peak
+    a = torch.ones(768, 768, device=device)
+    (a @ a).sum().item()
+    began = time.perf_counter()
+    (a @ a @ a @ a).sum().item()
+    return 3 * 2 * 768**3 / (time.perf_counter() - began)

@@ -1,0 +1,481 @@
+"""The front door to training: `python -m lm fit` and `validate`, on LightningCLI.
+
+Options come from the code's defaults, then configs/builtin.yaml (or, given a checkpoint, its run's config.yaml), then
+each `--config` in order, then the command line. What is wrong with them is said in one line each, before any data is
+touched.
+"""
+
+import difflib
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import torch
+from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, duration, figures
+from lm.checkpoint import AtomicCheckpointIO, best_checkpoint, check_folder, find_run, lock_run, newest_checkpoint
+from lm.control import RunConfig, RunControl, Signals, Stopped
+from lm.data import TokenDataModule
+from lm.model import TransformerConfig
+from lm.module import LanguageModel, OptimizerConfig, ScheduleConfig
+
+DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "builtin.yaml"
+
+PARENT = "LM_PARENT"  # environment variable: the process that started this one
+
+CheckpointIO.register(AtomicCheckpointIO)
+
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,  # one endless epoch, counted in steps
+    "max_steps": 1000,
+    "devices": 1,
+    "gradient_clip_val": 1.0,
+    "check_val_every_n_epoch": None,
+    "use_distributed_sampler": False,  # the data module cuts the ranks' shares; Lightning would cut them again
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+}
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line, with a guess at what was meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """Print the line and leave with exit code 2."""
+        fail([explain(message, known_keys(self))])
+
+
+def fail(problems: list[str]) -> None:
+    """Leave with exit code 2 and one line per problem, said by the first rank alone."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def known_keys(parser: Any) -> list[str]:
+    """Every option of a parser and of its subcommands, by its dotted name."""
+    keys: list[str] = []
+    for action in parser._actions:
+        keys.append(action.dest)
+        for sub in (getattr(action, "_name_parser_map", None) or {}).values():
+            keys += known_keys(sub)
+    return sorted({key for key in keys if key not in ("help", "subcommand", "==SUPPRESS==")})
+
+
+def explain(message: str, keys: list[str]) -> str:
+    """A parser's message in one line, with the option or value that comes closest.
+
+    >>> explain("unrecognized arguments: --model.optimzer.lr 3", ["model.optimizer.lr", "data.seed"])
+    '--model.optimzer.lr is no option: did you mean --model.optimizer.lr?'
+    >>> explain("Parser key \"norm\":\\n Expected a typing.Literal['pre', 'post']. Got value: pres", [])
+    "norm: 'pres' must be one of pre, post: did you mean pre?"
+    """
+    unknown = re.search(r"unrecognized arguments: .*?(--[^\s=]+)", message)
+    unknown = unknown or re.search(r"does not accept option '(.*)'", message)
+    if unknown:
+        name = unknown[1].removeprefix("--")
+        close = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
+        hint = f"did you mean --{close[0]}?" if close else "`--help` lists what there is"
+        return f"--{name} is no option: {hint}"
+    bad = re.search(r'Parser key "([^"]+)":\s', message)
+    given = re.search(r"(?:Got value|Given value): (.*)", message)
+    if not (bad and given):
+        return " ".join(message.split())
+    literals = re.findall(r"Literal\[(.*?)\]", message)
+    choices = list(dict.fromkeys(choice.strip(" '") for literal in literals for choice in literal.split(",")))
+    if choices:
+        close = difflib.get_close_matches(given[1], choices, n=1)
+        hint = f": did you mean {close[0]}?" if close else ""
+        return f"{bad[1]}: {given[1]!r} must be one of {', '.join(choices)}{hint}"
+    types = list(dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message)))
+    return f"{bad[1]}: {given[1]!r} must be {' or '.join(types).replace('NoneType', 'null')}"
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the whole configuration into the run's folder; a resumed run's beside that of its beginning.
+
+    What belongs to one command only (resume, ckpt_path) is left out, and the dataset's folder is named: the file
+    works as it is with `--config`, and `python -m lm validate` takes it.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it when a fit begins."""
+        log_dir = trainer.log_dir  # a collective operation
+        if stage != "fit" or not trainer.is_global_zero or log_dir is None:
+            return
+        config = self.config.clone()
+        for key in ("resume", "ckpt_path", "weights_only", "config"):
+            config.pop(key, None)
+        config["data.directory"] = str(trainer.datamodule.directory)  # type: ignore[attr-defined]
+        config["data.vocab_size"] = None
+        path = Path(log_dir) / self.config_filename
+        if path.is_file():
+            path = path.with_name(f"config-resumed-{time.strftime('%Y%m%d-%H%M%S')}.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(config, str(path), skip_none=False, overwrite=True)
+
+
+def batches_between_validations(validate_every_n_steps: int, accumulate_grad_batches: int) -> int:
+    """Lightning counts batches between validations, we count updates."""
+    return validate_every_n_steps * accumulate_grad_batches
+
+
+class CLI(LightningCLI):
+    """`fit` and `validate` with this project's model, data and run control."""
+
+    def __init__(self, started: float, signals: Signals, defaults: dict[str, list[str]]) -> None:
+        """Parse the command line and run what it says.
+
+        Args:
+            started: `time.monotonic()` when the process began.
+            signals: the process's, installed.
+            defaults: configuration files per subcommand, below everything typed.
+        """
+        self.started, self.signals = started, signals
+        self.resumed: Path | None = None
+        parsers: dict[str, Any] = {name: {"default_config_files": files} for name, files in defaults.items()}
+        super().__init__(
+            LanguageModel,
+            TokenDataModule,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_class=Parser,
+            parser_kwargs=parsers | {"prog": "python -m lm", "description": "Train and validate language models."},
+            save_config_callback=SaveRunConfig,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's own verbs that make sense here."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The run section, and what is said once and used in two places."""
+        parser.add_class_arguments(RunConfig, "run")
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto", "must", "never"],
+            default="never",
+            help="Go on with the newest run of this name: if there is one (auto), or fail (must).",
+        )
+        parser.add_argument(
+            "--matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="Of float32 matrix products on a GPU: high uses TF32.",
+        )
+        parser.link_arguments("data.vocab_size", "model.transformer.vocab_size", apply_on="instantiate")
+        parser.link_arguments("data.context_length", "model.transformer.context_length")
+        parser.link_arguments(
+            ("run.validate_every_n_steps", "trainer.accumulate_grad_batches"),
+            "trainer.val_check_interval",
+            compute_fn=batches_between_validations,
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's would let the checkpoint's settings win over what the user typed."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what cannot work, all of it at once, before any data is touched."""
+        config = self.config[self.subcommand]
+        if problems := find_problems(config, str(self.subcommand)):
+            fail(problems)
+        torch.set_float32_matmul_precision(config.matmul_precision)
+        if config.run.name is None:
+            texts = config.data.train_text or config.data.directory
+            config.run.name = Path(texts).name.split(".")[0] if texts else config.data.corpus
+        self.lock: IO[str] | None = None
+        if self.subcommand == "fit" and config.resume != "never" and config.ckpt_path is None:
+            self._resume(config)
+
+    def _resume(self, config: Namespace) -> None:
+        """Find the newest good checkpoint of the newest run of this name that has one."""
+        place = Path(config.run.logs) / config.run.name
+        versions = sorted(place.glob("version_*/checkpoints"), key=lambda path: int(path.parent.name.split("_")[1]))
+        for folder in reversed(versions):
+            first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+            lock = lock_run(folder.parent) if first else None
+            try:
+                config.ckpt_path = str(newest_checkpoint(folder.parent, set_aside=first))
+            except FileNotFoundError:
+                if lock is not None:
+                    lock.close()
+                continue
+            self.resumed, self.lock = folder.parent, lock
+            print(f"resuming {config.ckpt_path}")
+            return
+        if config.resume == "must":
+            fail([f"--resume must: no run in {place} has a good checkpoint; --resume auto starts a new one"])
+        print(f"nothing to resume in {place}: starting a new run")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer with our callbacks, logger, checkpoint files and process groups."""
+        trainer = self._get(self.config_init, "trainer")
+        run: RunConfig = self._get(self.config_init, "run")
+        fitting = self.subcommand == "fit"
+        self.control = RunControl(run, self.started, self.signals)
+        self.control.lock = self.lock
+        self.metrics = MetricsLog(self.control)
+        self.samples, self.record = Samples(run), RunRecord(self.control, self.metrics)
+        if fitting:
+            progress = Progress(self.control, self.metrics)
+            extra = [self.metrics, self.samples, progress, self.record, self.control]
+            kwargs["callbacks"] = [*(trainer.callbacks or []), *extra]
+        else:
+            kwargs |= {"logger": False, "enable_progress_bar": False}
+        if fitting and trainer.logger in (None, True):
+            version = int(self.resumed.name.split("_")[1]) if self.resumed else None
+            kwargs["logger"] = TensorBoardLogger(run.logs, run.name, version, default_hp_metric=False)
+        if isinstance(trainer.strategy, str):
+            kwargs["strategy"] = make_strategy(trainer, timedelta(minutes=run.timeout_minutes))
+        kwargs["plugins"] = [*(trainer.plugins or []), AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; then make up for a last validation that a signal had cut off."""
+        try:
+            self.trainer.fit(**kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise Stopped("failed", 1, memory_advice(self.datamodule, self.trainer)) from None
+            raise
+        if self.control.validation_pending:
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
+            self.record.write(self.trainer, self.model, "finished")
+
+    def after_fit(self) -> None:
+        """Say what came out, where it is and what to do with it."""
+        if not self.trainer.is_global_zero:
+            return
+        control, config = self.control, self.control.config
+        tokens = f"{self.trainer.global_step:,} steps, {self.metrics.tokens_seen:,} tokens"
+        print(f"\nfinished: {tokens}, {duration(control.clock.now())} in all")
+        if self.model.validation_result:
+            print(f"validation: {figures(self.model.validation_result)}")
+        if self.samples.text:
+            print(f"sample:\n{indent(self.samples.text)}")
+        print(
+            f"everything is in {control.directory}\n"
+            "next:\n"
+            '  python -m lm generate --prompt "Once upon a time"   text from this model\n'
+            "  python -m lm validate                               the whole validation set, best checkpoint\n"
+            f"  tensorboard --logdir {config.logs:<31}curves, samples, settings\n"
+            "  python -m lm fit --data.train_text my.txt           your own text"
+        )
+
+    def validate(self, **kwargs: Any) -> None:
+        """The whole validation set."""
+        self.trainer.validate(**kwargs | {"verbose": False})
+        if self.trainer.is_global_zero:
+            print(f"{kwargs['ckpt_path'] or 'untrained model'}\n{figures(self.model.validation_result)}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host could not allocate."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def memory_advice(data: TokenDataModule, trainer: Trainer) -> str:
+    """What to try after running out of memory: the same update from smaller batches."""
+    batch, accumulate = data.batch_size, trainer.accumulate_grad_batches
+    message = f"error: out of memory with data.batch_size={batch}, data.context_length={data.context_length}"
+    if batch == 1:
+        return f"{message}: try --model.transformer.activation_checkpointing true, or a smaller model"
+    return (
+        f"{message}: try --data.batch_size {batch // 2} --trainer.accumulate_grad_batches {2 * accumulate} "
+        "(the same updates), or --model.transformer.activation_checkpointing true"
+    )
+
+
+def indent(text: str) -> str:
+    """A text as a block of its own."""
+    return "\n".join(f"  {line}" for line in text.strip().splitlines())
+
+
+# ------------------------------------------------------------------------------------------- what can be known before
+
+
+def find_problems(config: Namespace, subcommand: str) -> list[str]:
+    """Everything that is wrong with the settings together, one line each; nothing is built, no data is read."""
+    problems = []
+    sections: list[tuple[str, Any, dict[str, Any]]] = [
+        ("model.transformer", TransformerConfig, {"vocab_size": config.data.vocab_size or 1}),
+        ("model.optimizer", OptimizerConfig, {}),
+        ("model.schedule", ScheduleConfig, {}),
+        ("run", RunConfig, {}),
+    ]
+    for key, section, linked in sections:
+        try:
+            section(**config[key].as_dict() | linked)
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    trainer, data, schedule = config.trainer, config.data, config.model.schedule
+    if subcommand == "fit":
+        problems += run_problems(trainer, schedule, config.run)
+    for name in ("train_text", "valid_text"):
+        if getattr(data, name) is not None and not Path(getattr(data, name)).is_file():
+            problems.append(f"data.{name}: there is no file {getattr(data, name)}")
+    if (data.val_context_length or 0) > data.context_length and config.model.transformer.position == "rope":
+        problems.append(
+            f"data.val_context_length={data.val_context_length} is longer than data.context_length="
+            f"{data.context_length}: the model has positions for that many tokens"
+        )
+    return problems + device_problems(trainer)
+
+
+def run_problems(trainer: Namespace, schedule: Namespace, run: Namespace) -> list[str]:
+    """What is wrong with a run's length."""
+    problems = []
+    if trainer.max_steps <= 0 and run.max_minutes is None:
+        problems.append(f"trainer.max_steps={trainer.max_steps} without run.max_minutes: the run would never end")
+    if 0 < trainer.max_steps <= schedule.warmup_steps:
+        problems.append(
+            f"model.schedule.warmup_steps={schedule.warmup_steps} must be less than trainer.max_steps="
+            f"{trainer.max_steps}: the learning rate would never reach its highest value"
+        )
+    if schedule.follow == "clock" and run.max_minutes is None:
+        problems.append("model.schedule.follow=clock needs run.max_minutes: there is no clock to follow")
+    if schedule.follow == "steps" and trainer.max_steps <= 0:
+        problems.append("model.schedule.follow=steps needs trainer.max_steps: set it, or follow the clock")
+    try:
+        check_folder(Path(run.logs))
+    except OSError as error:
+        problems.append(f"run.logs: {error.strerror or error}")
+    return problems
+
+
+def device_problems(trainer: Namespace) -> list[str]:
+    """A device or precision that this machine lacks."""
+    problems = []
+    on_cuda = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
+    if trainer.accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        problems.append(f"trainer.accelerator={trainer.accelerator}: this machine has none; use cpu or auto")
+    if trainer.accelerator == "mps" and not torch.backends.mps.is_available():
+        problems.append("trainer.accelerator=mps: this machine has none; use cpu or auto")
+    if on_cuda and isinstance(trainer.devices, int) and trainer.devices > torch.cuda.device_count() > 0:
+        problems.append(f"trainer.devices={trainer.devices}: this machine has {torch.cuda.device_count()}")
+    if str(trainer.precision).startswith(("16", "transformer-engine")) and not on_cuda:
+        problems.append(f"trainer.precision={trainer.precision} needs a GPU: use 32-true or bf16-mixed")
+    return problems
+
+
+def make_strategy(trainer: Namespace, timeout: timedelta) -> Any:
+    """`ddp` and `fsdp2` with our timeout; several devices are ddp unless said otherwise."""
+    devices = trainer.devices
+    if not isinstance(devices, int) or devices < 1:
+        devices = torch.cuda.device_count() if devices in ("auto", "-1", -1) else len(str(devices).split(","))
+    world_size = max(1, devices) * trainer.num_nodes
+    if trainer.strategy == "fsdp2":
+        return ModelParallelStrategy(
+            data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout
+        )
+    if trainer.strategy == "ddp" or (trainer.strategy == "auto" and world_size > 1):
+        return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True)
+    return trainer.strategy
+
+
+# ------------------------------------------------------------------------------------------------------------ the door
+
+
+def default_configs(argv: list[str]) -> dict[str, list[str]]:
+    """The configuration below everything typed: the built-in corpus' for a fit, the run's own for what came from one.
+
+    Adds `--ckpt_path` to a `validate` without one: the best checkpoint of the newest run.
+    """
+    subcommand, logs = argv[0] if argv else "", option(argv, "--run.logs") or "logs"
+    checkpoint = option(argv, "--ckpt_path")
+    if subcommand == "validate" and checkpoint is None and not {"-h", "--help"} & set(argv):
+        checkpoint = str(best_checkpoint(find_run(logs)))
+        argv += ["--ckpt_path", checkpoint]
+    own = Path(checkpoint).parent.parent / "config.yaml" if checkpoint else DEFAULT_CONFIG
+    return {subcommand: [str(own)]} if own.is_file() and subcommand in CLI.subcommands() else {}
+
+
+def option(argv: list[str], name: str) -> str | None:
+    """The value of an option on the command line, `--name value` or `--name=value`."""
+    for position, word in enumerate(argv):
+        if word == name and position + 1 < len(argv):
+            return argv[position + 1]
+        if word.startswith(f"{name}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def silence_libraries() -> None:
+    """Keep the libraries' advertising and advice off the screen; what matters is said by the run's header."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 on torch 2.13
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # reading windows needs none
+
+
+def main(argv: list[str], started: float) -> int:
+    """Run `fit` or `validate`; the process's exit code.
+
+    0 for a run that came to its end, 2 for settings or data that cannot work, 3 for a run that diverged, 128 + n when
+    signal n ended it; 1 for what should not happen, with its traceback.
+
+    Args:
+        argv: the command line after `python -m lm`.
+        started: `time.monotonic()` when the process began.
+    """
+    silence_libraries()
+    signals = Signals()
+    signals.install()
+    child = os.environ.get(PARENT) == str(os.getppid())  # a rank that Lightning has started for another process
+    if child:
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        defaults = default_configs(argv)
+        sys.argv[1:] = argv
+        CLI(started, signals, defaults)
+    except Stopped as stop:
+        if child:  # any other code would look like a failure to the first rank, which is still writing
+            return 0
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if signals.deferred and not isinstance(error, OSError):  # while training: a fault, not a setting
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if signals.deferred else 2
+    finally:
+        signals.restore()
+        for rank in signals.children:
+            end_child(rank)
+    return 0
+
+
+def end_with(parent: int) -> None:
+    """End this process when the one that started it is gone: no rank outlives its run."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def end_child(child: "subprocess.Popen[bytes]", patience: float = 10.0) -> None:
+    """Wait for a rank to end by itself, then end it: one that hangs in a collective operation never would."""
+    try:
+        child.wait(patience)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()

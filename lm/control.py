@@ -1,0 +1,394 @@
+"""When a run saves and ends: its last step, its time, a signal, a loss that is not finite."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from lm.checkpoint import check_folder, lock_run, note_metrics, prune, recover, rng_state, set_rng_state
+from lm.module import LanguageModel
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+DIVERGED_EXIT_CODE = 3
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run is kept, watched and ended.
+
+    Attributes:
+        name: the run's folder, `<logs>/<name>/version_k`; default, that of the corpus.
+        logs: where the runs are.
+        max_minutes: wall-clock from the start of the process to its end, final checkpoint and validation included;
+            what a resumed run used before counts.
+        validate_every_n_steps: updates between validations; a checkpoint is written before each.
+        checkpoint_every_n_steps: updates between further checkpoints; default, none.
+        keep_checkpoints: the newest ones that stay, beside the best.
+        timeout_minutes: how long a rank waits for the others before it gives up.
+        sync_every_n_steps: updates between the ranks' agreements (signals, clock), with one process on a GPU between
+            checks for NaN.
+        sample_prompt: what the sample texts start with.
+        sample_tokens: their length; 0 for none.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    name: str | None = None
+    logs: str = "logs"
+    max_minutes: float | int | None = None
+    validate_every_n_steps: int = 500
+    checkpoint_every_n_steps: int | None = None
+    keep_checkpoints: int = 2
+    timeout_minutes: float | int = 10
+    sync_every_n_steps: int = 10
+    sample_prompt: str = ""
+    sample_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("validate_every_n_steps", "keep_checkpoints", "timeout_minutes", "sync_every_n_steps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("max_minutes", "checkpoint_every_n_steps"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.sample_tokens < 0:
+            raise ValueError(f"sample_tokens={self.sample_tokens} must not be negative")
+
+
+class Stopped(BaseException):  # not an Exception: no library on the way may take it for one of its own errors
+    """Ends the process before its time.
+
+    Attributes:
+        status: what the run's summary says.
+        exit_code: of the process: 128 + the signal, or 3 for a run that diverged.
+    """
+
+    def __init__(self, status: str, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.exit_code = status, exit_code
+
+    @classmethod
+    def by_signal(cls, signum: int) -> "Stopped":
+        """The end that a signal asks for."""
+        return cls("stopped", 128 + signum, f"stopped by {signal.Signals(signum).name}")
+
+
+class Signals:
+    """Turns signals into a flag while `deferred`, into `Stopped` at once before and after.
+
+    A second Ctrl-C while the first waits ends the process on the spot.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.deferred = False
+        self.children: Sequence[subprocess.Popen[bytes]] = ()  # the other ranks, if this process started them
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Take the signals over, again if some library took them since; ignored ones (nohup) stay ignored."""
+        for signum in SIGNALS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                before = signal.signal(signum, self._handle)
+                self._before.setdefault(signum, before)
+
+    def restore(self) -> None:
+        """Give the signals back to who had them before."""
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if not self.deferred:
+            self.deferred = True  # one exception is enough
+            raise Stopped.by_signal(signum)
+        if self.received and signum == signal.SIGINT:
+            for child in self.children:
+                child.kill()
+            os._exit(128 + signum)
+        if not self.received and signum == signal.SIGINT:
+            os.write(2, b"\nfinishing this step and saving; Ctrl-C again leaves at once\n")
+        self.received = self.received or signum
+
+
+def max_over_ranks(trainer: Trainer, values: list[float]) -> list[float]:
+    """The greatest of each value over all ranks, the same on each."""
+    if trainer.world_size == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+class Clock:
+    """Seconds of this run, those before a resume included, and how long a step takes; the same on all ranks.
+
+    Between two agreements of the ranks each of them reckons the time from the number of steps alone: had they looked
+    at their own clocks, they would use different learning rates and stop at different steps.
+    """
+
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.previous = 0.0
+        self.agreed = (0, 0.0)  # step, seconds
+        self.step_seconds = 0.0
+
+    def now(self) -> float:
+        """Seconds on this rank."""
+        return self.previous + time.monotonic() - self.started
+
+    def agree(self, step: int, seconds: float) -> None:
+        """Take over what the ranks have agreed on at `step`; the pauses in between count as parts of the steps."""
+        before, then = self.agreed
+        if step > before > 0:
+            self.step_seconds = (seconds - then) / (step - before)
+        self.agreed = (step, seconds)
+
+    def at(self, step: int) -> float:
+        """Seconds at the end of `step`."""
+        return self.agreed[1] + (step - self.agreed[0]) * self.step_seconds
+
+
+class RunControl(Checkpoint):
+    """Saves, and ends the run: at `max_steps`, when its time is up, on a signal, on a loss that is not finite.
+
+    Everything happens between two updates, on all ranks at the same one. The order at the end is checkpoint, then
+    validation, so that an interrupted validation costs nothing but itself: resumed, the run does it first.
+
+    Args:
+        config: the run's settings.
+        started: `time.monotonic()` when the process began.
+        signals: the process's signals; default, taken over when training begins.
+    """
+
+    def __init__(self, config: RunConfig, started: float | None = None, signals: Signals | None = None) -> None:
+        self.config = config
+        self.clock = Clock(time.monotonic() if started is None else started)
+        self.signals = signals or Signals()
+        self.status = "running"
+        self.validation_pending = False
+        self.validation_seconds = 0.0
+        self.save_seconds = 0.0
+        self.best_loss: float | None = None
+        self.last_loss: float | None = None
+        self._began = 0.0
+        self._restored_rng: dict[str, Any] | None = None
+        self.lock: IO[str] | None = None
+        self.saved: Path | None = None
+        self._agreed_signal = 0
+
+    # ---------------------------------------------------------------------------------------------------- begin
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Claim the run's folder: two runs in one would destroy each other's files."""
+        self.directory = Path(trainer.log_dir or trainer.default_root_dir)
+        if stage == "fit" and trainer.is_global_zero:
+            if self.lock is None:
+                self.lock = lock_run(self.directory)
+            check_folder(self.directory)
+            recover(self.directory)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Signals are ours from here on."""
+        self._take_signals(trainer)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reckon from the few batches tried how long a whole validation takes."""
+        tried = sum(min(trainer.num_sanity_val_steps, n) for n in trainer.num_val_batches)
+        self.validation_seconds *= sum(trainer.num_val_batches) / max(1, tried)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Take the signals, go on with the random numbers; with a time limit, measure what saving takes."""
+        self._take_signals(trainer)
+        # Lightning broadcasts a flag for SIGTERM and waits for it at every step; ours travels with the clock.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if self._restored_rng is not None:
+            set_rng_state(self._restored_rng)
+        self._synchronise(trainer, pl_module, trainer.global_step)
+        if self.config.max_minutes is not None:
+            if self.save_seconds == 0:
+                self.save(trainer)
+            trainer.should_stop = self._time_is_up(trainer.global_step)
+
+    def _take_signals(self, trainer: Trainer) -> None:
+        self.signals.children = getattr(trainer.strategy.launcher, "procs", ())
+        self.signals.install()
+        self.signals.deferred = True
+
+    # ----------------------------------------------------------------------------------------------------- steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an update: agree with the other ranks, save, end."""
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        step = trainer.global_step
+        every = self.config.checkpoint_every_n_steps
+        validating = trainer.enable_validation and step % self.config.validate_every_n_steps == 0
+        ending = 0 < trainer.max_steps <= step or self._time_is_up(step)
+        saving = validating or ending or (every is not None and step % every == 0)
+        if saving or step % self._sync_every(trainer) == 0:
+            self._synchronise(trainer, pl_module, step)
+            ending = ending or self._time_is_up(step)
+        if self.config.max_minutes is not None:
+            pl_module.clock_progress = min(1.0, self.clock.at(step) / self._training_seconds)
+        self.validation_pending = validating or (ending and trainer.enable_validation)
+        if saving or ending or self._agreed_signal:
+            self.save(trainer)
+        if self._agreed_signal:
+            raise Stopped.by_signal(self._agreed_signal)
+        trainer.should_stop = trainer.should_stop or ending
+
+    def _sync_every(self, trainer: Trainer) -> int:
+        alone = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
+        return 1 if alone else self.config.sync_every_n_steps
+
+    def _synchronise(self, trainer: Trainer, module: LanguageModel, step: int) -> None:
+        seconds, signum, nonfinite, validation, save = max_over_ranks(
+            trainer,
+            [
+                self.clock.now(),
+                float(self.signals.received),
+                float(module.nonfinite.item()),
+                self.validation_seconds,
+                self.save_seconds,
+            ],
+        )
+        self.clock.agree(step, seconds)
+        self._agreed_signal, self.validation_seconds, self.save_seconds = int(signum), validation, save
+        if nonfinite:
+            raise Stopped("diverged", DIVERGED_EXIT_CODE, f"the loss or a gradient is not finite at step {step}")
+
+    @property
+    def reserve_seconds(self) -> float:
+        """What is kept back for the last checkpoint and validation: as long as they took so far, and a quarter more."""
+        return 1.0 + 1.25 * (self.validation_seconds + self.save_seconds)
+
+    @property
+    def _training_seconds(self) -> float:
+        assert self.config.max_minutes is not None
+        return max(1e-3, 60 * self.config.max_minutes - self.reserve_seconds)
+
+    def _time_is_up(self, step: int) -> bool:
+        if self.config.max_minutes is None:
+            return False
+        return self.clock.at(step) + self.clock.step_seconds > self._training_seconds
+
+    # ------------------------------------------------------------------------------------------------ validation
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure it."""
+        self._began = time.monotonic()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Leave on a signal: the checkpoint was written before, and says that this validation is still to be done."""
+        if not self.signals.deferred or batch_idx % self._sync_every(trainer):
+            return
+        (signum,) = max_over_ranks(trainer, [float(self.signals.received)])
+        if signum:
+            raise Stopped.by_signal(int(signum))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Note the loss, and whether it is the best so far."""
+        seconds = time.monotonic() - self._began
+        if trainer.sanity_checking:
+            self.validation_seconds = seconds
+            return
+        self.validation_seconds = max(self.validation_seconds, seconds)
+        self.validation_pending = False
+        self.last_loss = pl_module.validation_result["val/loss"]
+        self.best_loss = self.last_loss if self.best_loss is None else min(self.best_loss, self.last_loss)
+        if trainer.is_global_zero and self.saved is not None:
+            note_metrics(self.saved, pl_module.validation_result)
+            prune(self.directory, self.config.keep_checkpoints)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self, trainer: Trainer) -> None:
+        """Write `checkpoints/step-000500.ckpt`, unless this step has it, and drop those that are no longer kept."""
+        began = time.monotonic()
+        path = self.directory / "checkpoints" / f"step-{trainer.global_step:06d}.ckpt"
+        if self.saved == path:
+            return
+        trainer.save_checkpoint(path)
+        self.saved = path
+        if trainer.is_global_zero:
+            prune(self.directory, self.config.keep_checkpoints)
+        self.save_seconds = max(self.save_seconds, time.monotonic() - began)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on with."""
+        return {
+            "seconds": self.clock.now(),
+            "validation_pending": self.validation_pending,
+            "validation_seconds": self.validation_seconds,
+            "save_seconds": self.save_seconds,
+            "best_loss": self.best_loss,
+            "last_loss": self.last_loss,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.clock.previous = state["seconds"]
+        self.validation_pending = state["validation_pending"]
+        self.validation_seconds, self.save_seconds = state["validation_seconds"], state["save_seconds"]
+        self.best_loss, self.last_loss = state["best_loss"], state["last_loss"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the random number generators; write Lightning's counters as they are between two updates."""
+        checkpoint["rng"] = rng_state()
+        settle_loops(checkpoint["loops"]["fit_loop"], self.validation_pending)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the random number generators' states until training begins: the set-up draws from them."""
+        self._restored_rng = checkpoint.get("rng")
+
+    # -------------------------------------------------------------------------------------------------------- end
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing is left to be saved: signals end the process at once again."""
+        self.status = "finished"
+        self.signals.deferred = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Note how the run ended."""
+        self.status = exception.status if isinstance(exception, Stopped) else "failed"
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give signals and folder back."""
+        self.signals.restore()
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
+
+
+def settle_loops(fit_loop: dict[str, Any], validation_pending: bool) -> None:
+    """Make the counters of Lightning's loops say: this update is complete, and its validation done or to be done.
+
+    Saved within `on_train_batch_end` they say that the last batch is not complete, and a resumed run skips the
+    validation that was due at this step.
+    """
+    batches = fit_loop["epoch_loop.batch_progress"]
+    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+    for part in ("total", "current"):
+        batches[part]["completed"] = batches[part]["processed"]
+        begun = int(validation_pending)  # one batch begun, none done: Lightning takes the validation up again
+        validation[part].update(ready=begun, started=begun, processed=0, completed=0)

@@ -1,0 +1,334 @@
+"""The training recipe: model, loss, optimizer and learning rate, as Lightning asks for them.
+
+The loops, devices and precisions are Lightning's; every formula is this project's own (`functional`, `optim`).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import Metric
+
+from lm.functional import cross_entropy
+from lm.model import TransformerConfig, TransformerLM
+from lm.optim import AdamW, clip_gradients, cosine_schedule, trapezoid_schedule
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW's settings (lm/optim.py). The norm that gradients are clipped to is `trainer.gradient_clip_val`.
+
+    Attributes:
+        lr: the highest learning rate; the schedule does the rest.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled from the gradient.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr} must be positive")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must be in [0, 1)")
+        for name in ("eps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate moves over the run.
+
+    Attributes:
+        shape: half a cosine down to the minimum, or constant and then linearly down (trapezoid).
+        warmup_steps: updates until the highest rate is reached.
+        min_lr_ratio: the last rate as a share of the highest.
+        decay_ratio: trapezoid only: the share of the run in which the rate falls.
+        follow: the run's length is `trainer.max_steps`, or what the clock allows (`run.max_minutes`).
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    shape: Literal["cosine", "trapezoid"] = "cosine"
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.1
+    decay_ratio: float = 0.3
+    follow: Literal["steps", "clock"] = "steps"
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
+        for name in ("min_lr_ratio", "decay_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
+
+    def rate(self, step: int, num_steps: float, max_lr: float) -> float:
+        """The learning rate of update `step`, counted from 1, of a run of `num_steps`: the last one has the minimum."""
+        min_lr = self.min_lr_ratio * max_lr
+        if self.shape == "cosine":
+            return cosine_schedule(step, max_lr, min_lr, self.warmup_steps, num_steps)
+        return trapezoid_schedule(step, max_lr, min_lr, self.warmup_steps, self.decay_ratio * num_steps, num_steps)
+
+
+class LearningRate:
+    """Sets the rate of an optimizer's groups; what Lightning steps and saves as the scheduler.
+
+    Only the number of updates is saved: a resumed run follows the schedule it is given now.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rate: Callable[[int], float]) -> None:
+        self.optimizer = optimizer
+        self.rate = rate
+        self.num_updates = 0
+        self.apply()
+
+    def apply(self) -> None:
+        """Set the rate of the next update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.num_updates + 1)
+
+    def step(self) -> None:
+        """Count one update and set the rate of the next."""
+        self.num_updates += 1
+        self.apply()
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of updates done."""
+        return {"num_updates": self.num_updates}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the saved number of updates, at the rate that the schedule now gives."""
+        self.num_updates = state["num_updates"]
+        self.apply()
+
+
+class TokenLoss(Metric):
+    """Mean loss in nats per token over everything seen, on all ranks; sums in float64."""
+
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, num_tokens: int) -> None:
+        """Take in a mean `loss` over `num_tokens`."""
+        self.nats += loss.to(self.nats) * num_tokens
+        self.tokens += num_tokens
+
+    def compute(self) -> Tensor:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+
+class LanguageModel(LightningModule):
+    """A `TransformerLM` with its training and validation.
+
+    The data's vocabulary and context length are said once, in the data section, and override those of `transformer`.
+
+    Attributes:
+        model: the network, None until Lightning calls `configure_model`.
+        step_loss: mean loss of the micro-batches of the running update, nats per token, on this rank.
+        grad_norm: norm of all gradients before clipping at the last update.
+        nonfinite: True on the device once a loss or gradient norm was NaN or infinite.
+        clock_progress: share of the time that has gone by, kept by `RunControl`; None without a cap.
+    """
+
+    model: TransformerLM
+    step_loss: Tensor
+    grad_norm: Tensor
+    nonfinite: Tensor
+
+    def __init__(
+        self,
+        transformer: TransformerConfig,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        schedule: ScheduleConfig = ScheduleConfig(),
+        compile: bool | None = None,
+    ) -> None:
+        """Set the recipe; the weights come with `configure_model`.
+
+        Args:
+            transformer: sizes and variants of the network.
+            optimizer: AdamW's settings.
+            schedule: the learning rate over the run.
+            compile: torch.compile the forward pass and the loss; default, on CUDA alone. Checkpoints are the same
+                either way.
+        """
+        super().__init__()
+        self.transformer = transformer
+        self.optimizer_config = optimizer
+        self.schedule = schedule
+        self.compile_loss = compile
+        self.loss: Callable[[Tensor, Tensor], Tensor] = self.compute_loss
+        self.clock_progress: float | None = None
+        self.validation_result: dict[str, float] = {}
+
+    # ---------------------------------------------------------------------------------------------------- network
+
+    def configure_model(self) -> None:
+        """Build the network on the device, the same for the same seed; shard it where the strategy does so."""
+        if hasattr(self, "model"):
+            return  # a second stage of the same trainer
+        reset_seed()  # whatever preparing the data has drawn from the generators
+        self.model = TransformerLM(self.transformer)
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
+        compile_loss = self.compile_loss
+        if compile_loss is None:
+            compile_loss = self.device.type == "cuda" and self.device_mesh is None
+        if compile_loss:
+            self.loss = torch.compile(self.compute_loss)
+        self._reset_step()
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Logits of the token after each position."""
+        return self.model(token_ids)
+
+    def compute_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per token."""
+        return cross_entropy(self.model(inputs), targets)
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def _reset_step(self) -> None:
+        self.step_loss = torch.zeros((), device=self.device)
+        self.grad_norm = torch.zeros((), device=self.device)
+        self.nonfinite = torch.zeros((), dtype=torch.bool, device=self.device)
+
+    def on_train_start(self) -> None:
+        """Let the settings of this command win over those that a checkpoint's optimizer state brought back."""
+        self._reset_step()
+        scheduler: Any = self.lr_schedulers()
+        for group in scheduler.optimizer.param_groups:
+            group.update(asdict(self.optimizer_config))
+        scheduler.apply()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """A new update begins with its first micro-batch."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.step_loss = torch.zeros_like(self.step_loss)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch."""
+        inputs, targets = batch
+        loss = self.loss(inputs, targets)
+        self.step_loss += loss.detach() / self.trainer.accumulate_grad_batches
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of all gradients together; keep it, on the device, for the log and the check for NaN."""
+        self.grad_norm = clip_gradients(self.model.parameters(), gradient_clip_val or math.inf)
+        self.nonfinite |= ~torch.isfinite(self.grad_norm + self.step_loss)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over all parameters in one group, and the learning rate, stepped once per update."""
+        optimizer = AdamW(self.model.parameters(), **asdict(self.optimizer_config))
+        scheduler = LearningRate(optimizer, self.learning_rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Lightning's call once per update."""
+        scheduler.step()
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of update `step`, counted from 1. By the clock, the run's length is estimated anew at each step."""
+        num_steps: float = self.trainer.max_steps if self.trainer.max_steps > 0 else math.inf
+        if self.schedule.follow == "clock" and self.clock_progress:
+            num_steps = min(num_steps, step / self.clock_progress)
+        return self.schedule.rate(step, num_steps, self.optimizer_config.lr)
+
+    # ------------------------------------------------------------------------------------------------- validation
+
+    def on_validation_epoch_start(self) -> None:
+        """Sums anew; made here and not in `__init__`, so that no precision plugin turns them into bfloat16."""
+        device = torch.device("cpu") if self.device.type == "mps" else self.device  # MPS has no float64
+        self.validation_loss = TokenLoss().to(device)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, int], batch_idx: int) -> None:
+        """Add a batch of which the first `num_targets` targets count; the rest fills it up to its shape."""
+        inputs, targets, num_targets = batch
+        if num_targets == targets.numel():
+            self.validation_loss.update(self.loss(inputs, targets), num_targets)
+            return
+        logits = self.model(inputs).flatten(0, -2)[:num_targets]  # all ranks call the model, whatever their share
+        if num_targets:
+            self.validation_loss.update(cross_entropy(logits, targets.flatten()[:num_targets]), num_targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """The figures over the whole set and all ranks, in `validation_result` and Lightning's callback metrics."""
+        loss = self.validation_loss.compute().item()
+        self.validation_result = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
+        split = getattr(getattr(self.trainer, "datamodule", None), "meta", {}).get("splits", {}).get("valid", {})
+        if split:
+            bits = loss / math.log(2) * split["num_tokens"] / split["num_bytes"]
+            self.validation_result["val/bits_per_byte"] = bits
+        if "entropy_bits_per_byte" in split:
+            self.validation_result["val/entropy_bits_per_byte"] = split["entropy_bits_per_byte"]
+        # Not to the logger: it would count steps from 0 and add a series of epochs.
+        self.log_dict(self.validation_result, logger=False, sync_dist=True)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the model's configuration as plain values: equal shapes do not make equal models (norm pre, post)."""
+        checkpoint["transformer"] = asdict(self.transformer)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights of another model.
+
+        Raises:
+            ValueError: the checkpoint's model differs (and in what), or it is not one of this project.
+        """
+        if "transformer" not in checkpoint:
+            raise ValueError("the checkpoint has no model configuration: it was not written by `python -m lm fit`")
+        saved, current = checkpoint["transformer"], asdict(self.transformer)
+        changed = [
+            f"{name}: checkpoint {saved.get(name)}, now {current[name]}"
+            for name in current
+            if name not in SAME_WEIGHTS and saved.get(name) != current[name]
+        ]
+        if changed:
+            raise ValueError("the checkpoint is of another model: " + "; ".join(changed))
+
+
+# What may change between a checkpoint and its use: the weights mean the same.
+SAME_WEIGHTS = ("attention", "activation_checkpointing")
+
+
+def shard(model: TransformerLM, mesh: Any) -> None:
+    """FSDP2: each rank keeps its share of every block's parameters and gathers a block when it is used.
+
+    Args:
+        model: changed in place.
+        mesh: the data-parallel dimension of the strategy's device mesh.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
