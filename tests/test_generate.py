@@ -1,0 +1,213 @@
+"""lm.generate: the cache against full recomputation, the filters against their definitions, text, the command."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm.generate import (
+    Decoder,
+    Sampling,
+    encode_prompt,
+    generate,
+    sample_tokens,
+    stream,
+    window_start,
+)
+from lm.model import TransformerConfig, TransformerLM
+from tokenizer import Tokenizer
+
+BYTES = Tokenizer({0: b"<|endoftext|>"} | {i + 1: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
+CONFIG = TransformerConfig(vocab_size=257, context_length=12, num_layers=2, num_heads=2, d_model=16, d_ff=64)
+
+
+def make_model(seed: int = 0, **changes: object) -> TransformerLM:
+    torch.manual_seed(seed)
+    return TransformerLM(dataclasses.replace(CONFIG, **changes)).eval()
+
+
+# ------------------------------------------------------------------------------------------------------- the window
+
+
+@given(st.integers(1, 200), st.integers(1, 40))
+def test_window_ends_with_the_text_and_is_nearly_full(num_tokens: int, context_length: int) -> None:
+    start = window_start(num_tokens, context_length)
+    length = num_tokens - start
+    if num_tokens <= context_length:
+        assert start == 0
+    else:
+        assert context_length - max(1, context_length // 4) < length <= context_length
+    assert window_start(num_tokens + 1, context_length) >= start
+
+
+@pytest.mark.parametrize("variant", [{}, {"position": "none"}, {"norm": "post", "head": "tied"}], ids=str)
+@pytest.mark.parametrize("prompt_length", [1, 5, 12, 13, 40])
+def test_cached_logits_equal_recomputation_beyond_the_context_too(prompt_length: int, variant: dict) -> None:
+    model = make_model(**variant)
+    decoder = Decoder(model, batch_size=2)
+    text = torch.randint(1, 257, (2, prompt_length + 30))
+    for end in range(prompt_length, text.shape[1] + 1):
+        visible = text[:, window_start(end, CONFIG.context_length) : end]
+        with torch.no_grad():
+            expected = model(visible)[:, -1]
+        torch.testing.assert_close(decoder.next_logits(text[:, :end]), expected, rtol=1e-4, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------- the sampling
+
+logits_lists = st.lists(st.integers(-80, 80).map(lambda i: i / 4), min_size=2, max_size=12)  # exact, with ties
+
+
+@given(logits_lists, st.floats(0.05, 5))
+def test_temperature_is_a_power_of_the_probabilities(logits: list[float], temperature: float) -> None:
+    probabilities = Sampling(temperature=temperature).probabilities(torch.tensor(logits))
+    expected = torch.softmax(torch.tensor(logits, dtype=torch.float64) / temperature, dim=-1)
+    torch.testing.assert_close(probabilities.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@given(logits_lists, st.integers(1, 12))
+def test_top_k_keeps_the_k_greatest(logits: list[float], k: int) -> None:
+    kept = Sampling(top_k=k).probabilities(torch.tensor(logits)) > 0
+    assert kept.sum() <= k
+    threshold = sorted(logits, reverse=True)[min(k, len(logits)) - 1]
+    assert all(logit >= threshold for logit, keep in zip(logits, kept.tolist(), strict=True) if keep)
+
+
+@given(logits_lists, st.floats(0.01, 0.99))
+def test_top_p_keeps_the_smallest_set_with_the_mass(logits: list[float], p: float) -> None:
+    probabilities = torch.softmax(torch.tensor(logits), dim=-1)
+    kept = Sampling(top_p=p).probabilities(torch.tensor(logits)) > 0
+    mass = probabilities[kept].sum().item()
+    assert mass >= p - 1e-5
+    assert mass - probabilities[kept].min().item() < p + 1e-5
+    assert kept.all() or probabilities[kept].min() >= probabilities[~kept].max()
+
+
+@given(logits_lists, st.floats(0.01, 1))
+def test_min_p_is_relative_to_the_most_probable(logits: list[float], p: float) -> None:
+    probabilities = torch.softmax(torch.tensor(logits, dtype=torch.float64), dim=-1)
+    ratio = probabilities / probabilities.max()
+    kept = Sampling(min_p=p).probabilities(torch.tensor(logits)) > 0
+    clear = (ratio - p).abs() > 1e-4
+    assert torch.equal(kept[clear], (ratio >= p)[clear])
+
+
+def test_greedy_takes_the_maximum_and_the_first_of_equals() -> None:
+    probabilities = Sampling(temperature=0).probabilities(torch.tensor([[1.0, 3.0, 3.0], [5.0, 0.0, 1.0]]))
+    assert probabilities.tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+def test_a_tiny_temperature_is_greedy_not_nan() -> None:
+    assert Sampling(temperature=1e-30).probabilities(torch.tensor([1e4, 2e4])).tolist() == [0, 1]
+
+
+def test_samples_follow_the_distribution() -> None:
+    """Frequencies of 4000 first tokens within five standard deviations, over the tokens that are not rare."""
+    model = make_model(vocab_size=8)
+    with torch.no_grad():
+        expected = torch.softmax(model(torch.tensor([[3]]))[0, -1], dim=-1)
+    *_, samples = sample_tokens(model, [3], max_new_tokens=1, num_samples=4000)
+    counts = torch.bincount(torch.tensor([s.token_ids[0] for s in samples]), minlength=8)
+    deviation = (4000 * expected * (1 - expected)).sqrt()
+    assert ((counts - 4000 * expected).abs() < 5 * deviation + 1).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, r"temperature=-0\.1 must be"),
+        ({"temperature": math.nan}, r"temperature=nan must be"),
+        ({"temperature": math.inf}, r"temperature=inf must be"),
+        ({"top_p": 0.0}, r"top_p=0\.0 must be in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p=1\.5 must be in \(0, 1\]"),
+        ({"top_p": math.nan}, r"top_p=nan"),
+        ({"top_k": 0}, r"top_k=0 must be at least 1"),
+        ({"min_p": 1.5}, r"min_p=1\.5 must be in \[0, 1\]"),
+        ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
+        ({"num_samples": 0}, r"num_samples=0 must be at least 1"),
+    ],
+)
+def test_bad_settings_are_one_line(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        generate(make_model(), BYTES, "a", **settings)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------- the tokens
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    model = make_model()
+    *_, [sample] = sample_tokens(model, [5, 6], max_new_tokens=6, sampling=Sampling(temperature=0.5, top_k=3))
+    text = torch.tensor([[5, 6, *sample.token_ids]])
+    with torch.no_grad():
+        expected = torch.log_softmax(model(text)[0], dim=-1)
+    for i, token_id in enumerate(sample.token_ids):
+        assert sample.log_probabilities[i] == pytest.approx(expected[1 + i, token_id].item(), abs=1e-4)
+
+
+def test_same_seed_same_tokens_and_a_sample_does_not_depend_on_the_others() -> None:
+    model = make_model()
+    together = generate(model, BYTES, "x", max_new_tokens=30, seed=7, num_samples=3)
+    assert together == generate(model, BYTES, "x", max_new_tokens=30, seed=7, num_samples=3)
+    assert together == [generate(model, BYTES, "x", max_new_tokens=30, seed=7 + i)[0] for i in range(3)]
+    assert len(set(together)) == 3
+
+
+def test_stops_at_the_end_of_text_of_each_sample() -> None:
+    model = make_model()
+    *_, samples = sample_tokens(model, [1], max_new_tokens=400, num_samples=8, stop_id=0)
+    assert any(sample.finished for sample in samples)
+    unstopped = {
+        i: s.token_ids for i, s in enumerate(list(sample_tokens(model, [1], max_new_tokens=400, num_samples=8))[-1])
+    }
+    for i, sample in enumerate(samples):
+        assert 0 not in sample.token_ids
+        assert sample.finished or len(sample.token_ids) == 400
+        assert sample.token_ids == unstopped[i][: len(sample.token_ids)]
+        if sample.finished:
+            assert unstopped[i][len(sample.token_ids)] == 0
+
+
+def test_prompt_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="prompt_ids is empty"):
+        sample_tokens(make_model(), [])
+    with pytest.raises(ValueError, match="vocab_size=257"):
+        sample_tokens(make_model(), [257])
+
+
+# --------------------------------------------------------------------------------------------------------- the text
+
+
+def test_empty_prompt_starts_a_document() -> None:
+    assert encode_prompt(BYTES, "") == ([0], 0)
+    bare = Tokenizer({i: bytes([i]) for i in range(256)}, [])
+    assert encode_prompt(bare, "a") == ([97], None)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        encode_prompt(bare, "")
+
+
+def test_stream_joins_to_generate_and_never_splits_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    story = "né 猫 🙂!"
+    answer = torch.tensor([*BYTES.encode(story), 0])
+
+    def forced(self: Decoder, token_ids: torch.Tensor) -> torch.Tensor:
+        logits = torch.full((token_ids.shape[0], 257), -50.0)
+        logits[:, answer[token_ids.shape[1] - 1]] = 50.0
+        return logits
+
+    monkeypatch.setattr(Decoder, "next_logits", forced)
+    pieces = list(stream(model, BYTES, "a"))
+    assert "".join(pieces) == story == generate(model, BYTES, "a")[0]
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert "猫" in pieces
+
+
+def test_inference_mode_does_not_leak_into_the_caller() -> None:
+    for _ in sample_tokens(make_model(), [1], max_new_tokens=2):
+        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()
