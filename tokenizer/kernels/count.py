@@ -1,0 +1,255 @@
+"""How often each pre-token stands in a text: an open-addressing hash table that keeps short keys in its slots.
+
+A pre-token of up to 15 bytes is two 64-bit words, its bytes and in the top byte its length: comparing two of them is
+two comparisons. Longer ones (one in a thousand) lie in an arena; their slot holds a hash and the place.
+
+The table is larger than the caches, so most of the time would go into waiting for memory. Therefore 64 pre-tokens at a
+time are hashed and their slots asked for; when the first of them is looked up, its slot has arrived.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenizer.kernels.machine import ALL, NONE, ONE, kernel, load_word, prefetch
+from tokenizer.kernels.scan import SpecialTokens, find_special_token, scan
+
+Word = np.uint64
+
+SLOT = Word(4)  # words in a slot: key, key, count, where a long pre-token lies in the arena
+LONG = Word(16 << 56)  # second key word of long pre-tokens: 16 in the top byte, below it the length
+BATCH = 64
+DONE, TABLE_FULL, PIECE_TOO_SHORT = 0, 1, 2
+PIECE = 1 << 15  # bytes that are scanned before they are counted: their starts stay in the first-level cache
+
+MIX1, MIX2 = Word(0x9E3779B97F4A7C15), Word(0xC2B2AE3D27D4EB4F)  # odd numbers without a pattern in their bits
+
+
+class Table(NamedTuple):
+    """Pre-tokens and their counts; see `tokenizer.pretokenize` for how it is made and grown."""
+
+    slots: NDArray[np.uint64]  # 2**n slots of 4 words; a slot is empty if its second word is 0
+    arena: NDArray[np.uint8]  # the bytes of long pre-tokens, one after the other
+    used: NDArray[np.int64]  # (2,) slots and arena bytes in use
+    shift: Word  # 64 - n: the top n bits of a hash say which slot
+    hash_mask: Word  # all ones; a test sets few, so that hashes collide
+
+
+class Scratch(NamedTuple):
+    """Room for intermediate results: kernels do not allocate."""
+
+    starts: NDArray[np.uint32]  # PIECE + 1, more where a pre-token is longer
+    lows: NDArray[np.uint64]  # (BATCH,) each
+    highs: NDArray[np.uint64]
+    homes: NDArray[np.uint64]
+
+
+@kernel
+def hash_key(low: Word, high: Word) -> Word:
+    """A 64-bit hash whose top bits depend on every bit of both words."""
+    mixed = low * MIX1 + high * MIX2
+    mixed ^= mixed >> Word(32)
+    return mixed * MIX1
+
+
+@kernel
+def hash_bytes(text: NDArray[np.uint8], start: int, length: int) -> Word:
+    """A 64-bit hash of any number of bytes."""
+    mixed = MIX1 ^ Word(length)
+    whole = length - length % 8
+    for i in range(0, whole, 8):
+        mixed = (mixed ^ load_word(text, start + i)) * MIX2
+        mixed ^= mixed >> Word(32)
+    rest = NONE
+    for i in range(whole, length):
+        rest = (rest << Word(8)) | Word(text[start + i])
+    mixed = (mixed ^ rest) * MIX1
+    mixed ^= mixed >> Word(29)
+    return mixed * MIX2
+
+
+@kernel
+def key_of(text: NDArray[np.uint8], start: int, length: int, hash_mask: Word) -> tuple[Word, Word]:
+    """The two key words of the pre-token text[start : start + length]; reads up to 16 bytes from `start` on."""
+    if length < 16:
+        low = load_word(text, start) & (ALL >> Word(8 * max(8 - length, 0)))
+        high = load_word(text, start + 8) & ((ONE << Word(8 * max(length - 8, 0))) - ONE)
+        return low, high | (Word(length) << Word(56))
+    return hash_bytes(text, start, length) & hash_mask, LONG | Word(length)
+
+
+@kernel
+def same_bytes(a: NDArray[np.uint8], a_start: int, b: NDArray[np.uint8], b_start: int, length: int) -> bool:
+    """Whether two runs of bytes are equal."""
+    for i in range(length):  # noqa: SIM110
+        if a[a_start + i] != b[b_start + i]:
+            return False
+    return True
+
+
+@kernel
+def copy_bytes(target: NDArray[np.uint8], to: int, source: NDArray[np.uint8], start: int, length: int) -> None:
+    """target[to : to + length] = source[start : start + length]."""
+    for i in range(length):
+        target[to + i] = source[start + i]
+
+
+@kernel
+def add(
+    slots: NDArray[np.uint64],
+    arena: NDArray[np.uint8],
+    used: NDArray[np.int64],
+    home: Word,
+    low: Word,
+    high: Word,
+    count: Word,
+    text: NDArray[np.uint8],
+    start: int,
+) -> None:
+    """Add `count` to the pre-token (low, high), whose bytes stand in `text` at `start` if it is long.
+
+    Looks from slot `home` on for the pre-token or an empty slot: linear probing. There must be room for one more.
+    """
+    wrap = Word(len(slots) - 1)
+    slot = home * SLOT
+    while slots[slot + ONE] != NONE:
+        if slots[slot] == low and slots[slot + ONE] == high:
+            length = np.int64(high & ~LONG)
+            if high < LONG or same_bytes(arena, np.int64(slots[slot + Word(3)]), text, start, length):
+                slots[slot + Word(2)] += count
+                return
+        slot = (slot + SLOT) & wrap
+    if high >= LONG:
+        length = np.int64(high & ~LONG)
+        copy_bytes(arena, used[1], text, start, length)
+        slots[slot + Word(3)] = Word(used[1])
+        used[1] += length
+    slots[slot], slots[slot + ONE], slots[slot + Word(2)] = low, high, count
+    used[0] += 1
+
+
+@kernel
+def has_room(table: Table, pretokens: int, arena_bytes: int) -> bool:
+    """Whether the table stays at most half full and its arena suffices, if all of `pretokens` are new."""
+    slots_suffice = 2 * (table.used[0] + pretokens) <= len(table.slots) // 4
+    return slots_suffice and table.used[1] + arena_bytes <= len(table.arena)
+
+
+@kernel
+def count_starts(text: NDArray[np.uint8], starts: NDArray[np.uint32], num: int, table: Table, scratch: Scratch) -> None:
+    """Count the `num` pre-tokens that begin at `starts`; each ends where the next begins."""
+    lows, highs, homes = scratch.lows, scratch.highs, scratch.homes
+    slots, arena, used, shift, hash_mask = table
+    for first in range(0, num, BATCH):
+        size = min(BATCH, num - first)
+        for i in range(size):
+            start = np.int64(starts[first + i])
+            low, high = key_of(text, start, np.int64(starts[first + i + 1]) - start, hash_mask)
+            home = (hash_key(low, high) & hash_mask) >> shift
+            prefetch(slots, np.int64(home) * 32)
+            lows[i], highs[i], homes[i] = low, high, home
+        for i in range(size):
+            add(slots, arena, used, homes[i], lows[i], highs[i], ONE, text, np.int64(starts[first + i]))
+
+
+@kernel
+def count_text(
+    text: NDArray[np.uint8],
+    begin: int,
+    end: int,
+    classes: NDArray[np.uint8],
+    specials: SpecialTokens,
+    table: Table,
+    scratch: Scratch,
+) -> tuple[int, int]:
+    """Count the pre-tokens of text[begin:end] between special tokens.
+
+    Returns:
+        (end, DONE), or the offset from which to go on after the `table` or `scratch.starts` has been given more room.
+
+    Args:
+        text: bytes, of which 64 after `end` must be readable, at most 4 GiB.
+    """
+    starts = scratch.starts
+    piece = len(starts) - 1
+    special, row = find_special_token(text, begin, end, specials)
+    position = begin
+    while position < end:
+        if position == special:
+            position += specials.offsets[row + 1] - specials.offsets[row]
+            special, row = find_special_token(text, position, end, specials)
+            continue
+        stop = min(special, position + piece)
+        num = scan(text, position, stop, classes, starts, 0)
+        if stop < special:
+            # What follows may lengthen the last pre-token and, in a contraction, change where the last begins.
+            num -= 2
+            if num <= 0:
+                return position, PIECE_TOO_SHORT
+            stop = np.int64(starts[num])
+        else:
+            starts[num] = stop
+        if not has_room(table, num, stop - position):
+            return position, TABLE_FULL
+        count_starts(text, starts, num, table, scratch)
+        position = stop
+    return end, DONE
+
+
+@kernel
+def add_table(table: Table, other: Table) -> None:
+    """Add the counts of `other`, for which `table` must have room."""
+    ahead = 16
+    slots = other.slots
+    for i in range(0, len(slots), 4):
+        j = i + 4 * ahead
+        if j < len(slots) and slots[j + 1] != NONE:
+            home = (hash_key(slots[j], slots[j + 1]) & table.hash_mask) >> table.shift
+            prefetch(table.slots, np.int64(home) * 32)
+        if slots[i + 1] != NONE:
+            home = (hash_key(slots[i], slots[i + 1]) & table.hash_mask) >> table.shift
+            add(
+                table.slots,
+                table.arena,
+                table.used,
+                home,
+                slots[i],
+                slots[i + 1],
+                slots[i + 2],
+                other.arena,
+                np.int64(slots[i + 3]),
+            )
+
+
+@kernel
+def write_table(table: Table, text: NDArray[np.uint8], offsets: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+    """Write the pre-tokens one after the other into `text`, where each begins into `offsets`, and their counts."""
+    slots = table.slots
+    row, position = 0, np.int64(0)
+    for i in range(0, len(slots), 4):
+        high = slots[i + 1]
+        if high == NONE:
+            continue
+        if high < LONG:
+            length = np.int64(high >> Word(56))
+            for k in range(length):
+                word = slots[i] if k < 8 else high
+                text[position + k] = np.uint8((word >> Word(8 * (k % 8))) & Word(0xFF))
+        else:
+            length = np.int64(high & ~LONG)
+            copy_bytes(text, position, table.arena, np.int64(slots[i + 3]), length)
+        offsets[row], counts[row] = position, np.int64(slots[i + 2])
+        position += length
+        row += 1
+    offsets[row] = position
+
+
+@kernel
+def bytes_in_table(table: Table) -> int:
+    """Number of bytes of all pre-tokens in the table together."""
+    total = table.used[1]
+    for i in range(1, len(table.slots), 4):
+        if table.slots[i] < LONG:
+            total += np.int64(table.slots[i] >> Word(56))
+    return total
