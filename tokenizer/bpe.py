@@ -219,6 +219,14 @@ class Tokenizer:
         Raises:
             ValueError: an id is not in the vocabulary; names it.
         """
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of token ids, whether they are UTF-8 or not.
+
+        Raises:
+            ValueError: an id is not in the vocabulary; names it.
+        """
         if not isinstance(ids, list | tuple):
             ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         if self._compiled is None:
@@ -228,9 +236,9 @@ class Tokenizer:
         if self._compiled is not None and len(ids) > 64:
             data = self._compiled.decode(ids)
             if data is not None:
-                return data.decode("utf-8", "replace")
+                return data
         try:
-            return b"".join(map(self.vocab.__getitem__, ids)).decode("utf-8", "replace")
+            return b"".join(map(self.vocab.__getitem__, ids))
         except KeyError as error:
             self._refuse_id(error.args[0])
 
