@@ -1,9 +1,12 @@
 """`python -m lm`: every command, each imported only when it is called."""
 
 import importlib
+import inspect
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 STARTED = time.monotonic()
 
@@ -31,6 +34,16 @@ def usage() -> str:
     )
 
 
+def with_flags(tool: Callable[..., Any], args: list[str]) -> list[str]:
+    """A switch without a value, such as `--interactive`, means true."""
+    switches = {f"--{name}" for name, p in inspect.signature(tool).parameters.items() if p.annotation is bool}
+    following = [*args[1:], ""]
+    return [
+        f"{arg}=true" if arg in switches and value not in ("true", "false") else arg
+        for arg, value in zip(args, following, strict=True)
+    ]
+
+
 def main(argv: list[str]) -> int:
     """Dispatch a command line; the exit code."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls names that 5 drops
@@ -51,9 +64,11 @@ def main(argv: list[str]) -> int:
         return 2
     module, name = TOOLS[command][0].split(":")
     try:
-        from jsonargparse import auto_cli
+        from jsonargparse import auto_cli, set_parsing_settings
 
-        auto_cli(getattr(importlib.import_module(module), name), args=argv[1:], prog=f"python -m lm {command}")
+        set_parsing_settings(parse_optionals_as_positionals=True)  # account gpt2-xl
+        tool = getattr(importlib.import_module(module), name)
+        auto_cli(tool, args=with_flags(tool, argv[1:]), prog=f"python -m lm {command}")
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
