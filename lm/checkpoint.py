@@ -13,7 +13,9 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
+import math
 import os
 import random
 import re
@@ -21,10 +23,10 @@ import shutil
 import socket
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -37,6 +39,8 @@ FORMAT = 1
 FOLDER = "checkpoints"
 
 PathLike = str | os.PathLike[str]
+BinaryFile = IO[bytes] | io.BufferedIOBase
+Shape = tuple[int, ...]
 
 
 class CheckpointError(ValueError):
@@ -47,7 +51,7 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out: PathLike | IO[bytes]
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out: PathLike | BinaryFile
 ) -> None:
     """Write model, optimizer and iteration to a path (atomically) or an open binary file. CS336 A1 section 5.2.
 
@@ -65,10 +69,10 @@ def save_checkpoint(
     if isinstance(out, str | os.PathLike):
         write_checkpoint(contents, out)
     else:
-        torch.save(contents, out)
+        torch.save(contents, cast(IO[bytes], out))
 
 
-def load_checkpoint(src: PathLike | IO[bytes], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(src: PathLike | BinaryFile, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restore what `save_checkpoint` wrote, in place; returns the iteration.
 
     Raises:
@@ -99,7 +103,7 @@ class _HashingFile:
         self.size = 0
         self.error: OSError | None = None
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         try:
             self.file.write(data)
         except OSError as error:
@@ -147,6 +151,8 @@ def write_checkpoint(contents: dict[str, Any], path: PathLike) -> tuple[str, int
         with atomic_write(path) as file:
             writer = _HashingFile(file)
             torch.save(contents, writer)  # type: ignore[arg-type] # anything with write and flush will do
+            if _read_record(path.with_suffix(".json")):
+                path.with_suffix(".json").unlink()  # it describes the file that is now replaced
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else writer.error if writer else None
         if cause is None:
@@ -185,9 +191,9 @@ def read_checkpoint(path: PathLike, map_location: str | torch.device = "cpu") ->
         raise CheckpointError(f"{error}" + (f"; {good} is good" if good else "")) from None
 
 
-def _load(file: IO[bytes], map_location: str | torch.device, name: str) -> dict[str, Any]:
+def _load(file: BinaryFile, map_location: str | torch.device, name: str) -> dict[str, Any]:
     try:
-        contents = torch.load(file, map_location, weights_only=True)
+        contents = torch.load(cast(IO[bytes], file), map_location, weights_only=True)
     except Exception as error:  # whatever the bytes of a foreign file provoke
         raise CheckpointError(
             f"{name} holds more than tensors and plain values, or is damaged ({type(error).__name__}): "
@@ -350,8 +356,8 @@ def _best_first(folder: Path) -> list[Path]:
     losses = {}
     for path in _recorded(folder):
         record = _read_record(path.with_suffix(".json")) or {}
-        if "val/loss" in record.get("metrics", {}):
-            losses[path] = record["metrics"]["val/loss"]
+        if math.isfinite(loss := record.get("metrics", {}).get("val/loss", math.nan)):
+            losses[path] = loss
     return sorted(losses, key=lambda path: losses[path])
 
 
@@ -458,7 +464,7 @@ def load_weights(model: torch.nn.Module, state: Mapping[str, Tensor], source: st
         there = tuple(found[name].shape) if name in found else None
         if here != there:
             lines.append(f"{name}: checkpoint {there or 'lacks it'}, model {here or 'lacks it'}")
-            settings += _settings_behind(name, here, there)
+            settings += _settings_behind(name, here, there, wanted_names, found)
     if lines:
         hint = f"; look at {', '.join(dict.fromkeys(settings))}" if settings else ""
         more = f" and {len(lines) - 8} more" if len(lines) > 8 else ""
@@ -466,16 +472,23 @@ def load_weights(model: torch.nn.Module, state: Mapping[str, Tensor], source: st
     model.load_state_dict({wanted_names[name]: tensor for name, tensor in found.items()})
 
 
-def _settings_behind(name: str, here: tuple[int, ...] | None, there: tuple[int, ...] | None) -> list[str]:
+def _settings_behind(
+    name: str, here: Shape | None, there: Shape | None, wanted: Collection[str], found: Collection[str]
+) -> list[str]:
     """Which fields of TransformerConfig decide whether a parameter exists (one shape is None), or what shape it has."""
     if here is None or there is None:
-        patterns = {r"lm_head": "head", r"ln": "norm", r"layers\.\d+\.ffn\.w3": "ffn", r"layers": "num_layers"}
-        return next(([setting] for pattern, setting in patterns.items() if re.match(pattern, name)), [])
-    axes = {"token_embeddings.weight": ("vocab_size", "d_model"), "lm_head.weight": ("vocab_size", "d_model")}
-    default = (
-        ("d_ff", "d_model") if re.search(r"ffn\.w[13]", name) else ("d_model", "d_ff" if "w2" in name else "d_model")
-    )
-    return [setting for setting, a, b in zip(axes.get(name, default), here, there, strict=False) if a != b]
+        layer = re.match(r"layers\.\d+\.", name)
+        if layer and not all(any(other.startswith(layer[0]) for other in names) for names in (wanted, found)):
+            return ["num_layers"]
+        patterns = {r"lm_head": "head", r".*\bln": "norm", r".*\bffn\.w3": "ffn"}
+        return [setting for pattern, setting in patterns.items() if re.match(pattern, name)]
+    if re.match(r"token_embeddings|lm_head", name):
+        axes = ("vocab_size", "d_model")
+    elif re.search(r"ffn\.w[13]", name):
+        axes = ("d_ff", "d_model")
+    else:
+        axes = ("d_model", "d_ff" if "ffn.w2" in name else "d_model")
+    return [setting for setting, a, b in zip(axes, here, there, strict=False) if a != b]
 
 
 def load_model(path: PathLike, device: str | torch.device = "cpu") -> tuple[TransformerLM, dict[str, Any]]:
