@@ -1,22 +1,20 @@
 """lm.generate: the cache against full recomputation, the filters against their definitions, text, the command."""
 
 import dataclasses
+import io
 import math
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.generate import (
-    Decoder,
-    Sampling,
-    encode_prompt,
-    generate,
-    sample_tokens,
-    stream,
-    window_start,
-)
+from lm import generate as command
+from lm.checkpoint import AtomicCheckpointIO
+from lm.generate import Decoder, Sampling, encode_prompt, generate, sample_tokens, stream, window_start
 from lm.model import TransformerConfig, TransformerLM
 from tokenizer import Tokenizer
 
@@ -159,14 +157,14 @@ def test_same_seed_same_tokens_and_a_sample_does_not_depend_on_the_others() -> N
 
 def test_stops_at_the_end_of_text_of_each_sample() -> None:
     model = make_model()
-    *_, samples = sample_tokens(model, [1], max_new_tokens=400, num_samples=8, stop_id=0)
+    *_, samples = sample_tokens(model, [1], max_new_tokens=150, num_samples=8, stop_id=0)
     assert any(sample.finished for sample in samples)
     unstopped = {
-        i: s.token_ids for i, s in enumerate(list(sample_tokens(model, [1], max_new_tokens=400, num_samples=8))[-1])
+        i: s.token_ids for i, s in enumerate(list(sample_tokens(model, [1], max_new_tokens=150, num_samples=8))[-1])
     }
     for i, sample in enumerate(samples):
         assert 0 not in sample.token_ids
-        assert sample.finished or len(sample.token_ids) == 400
+        assert sample.finished or len(sample.token_ids) == 150
         assert sample.token_ids == unstopped[i][: len(sample.token_ids)]
         if sample.finished:
             assert unstopped[i][len(sample.token_ids)] == 0
@@ -211,3 +209,70 @@ def test_inference_mode_does_not_leak_into_the_caller() -> None:
     for _ in sample_tokens(make_model(), [1], max_new_tokens=2):
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint of `make_model()` in a run directory with its tokenizer."""
+    path = tmp_path / "run" / "checkpoints" / "step-000001.ckpt"
+    weights = {f"model.{name}": weight for name, weight in make_model().state_dict().items()}
+    contents = {"state_dict": weights, "transformer": dataclasses.asdict(CONFIG), "global_step": 1}
+    AtomicCheckpointIO().save_checkpoint(contents, path)
+    BYTES.save(tmp_path / "run" / "tokenizer")
+    return path
+
+
+def test_command_prints_prompt_and_continuation(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command.run("ab", checkpoint, max_new_tokens=20, temperature=1.0, top_p=1.0, seed=3)
+    out, err = capsys.readouterr()
+    assert out == "ab" + generate(make_model(), BYTES, "ab", max_new_tokens=20, seed=3)[0] + "\n"
+    assert re.search(r"tokens/s\), seed 3$", err.strip())
+
+
+def test_command_reads_a_pipe(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    command.run(ckpt=checkpoint.parents[1], max_new_tokens=1, temperature=0)
+    assert capsys.readouterr().out.startswith("from a pipe")
+
+
+def test_command_lists_samples_and_log_probabilities(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command.run("a", checkpoint, max_new_tokens=4, seed=1, num_samples=2, log_probabilities=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "sample" in line] == ["--- sample 1 (seed 1)", "--- sample 2 (seed 2)"]
+    tokens = [line.split("\t") for line in lines if "\t" in line]
+    assert tokens
+    assert all(float(log_probability) < 0 for _, log_probability, _ in tokens)
+
+
+def test_command_session(checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter([":temperature 0", ":top_p 7", ":nonsense 1", ":max_new_tokens 3", "one", "one"])
+
+    def type_line(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", type_line)
+    command.run(ckpt=checkpoint, interactive=True, seed=0)
+    out, err = capsys.readouterr()
+    expected = "one" + generate(make_model(), BYTES, "one", max_new_tokens=3, temperature=0)[0] + "\n"
+    assert out == 2 * expected
+    assert "top_p=7.0 must be in (0, 1]" in err
+    assert "nonsense" in err
+
+
+def test_command_without_a_run_or_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="python -m lm fit"):
+        command.run("a", logs=tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="--tokenizer"):
+        command.run("a", checkpoint.rename(tmp_path / "moved.ckpt"))
+    larger = Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"ab", 257: b"abc"}, [(b"a", b"b"), (b"ab", b"c")])
+    larger.save(tmp_path / "larger")
+    with pytest.raises(ValueError, match=r"vocab_size=258.*257.*another tokenizer"):
+        command.run("a", tmp_path / "moved.ckpt", tokenizer=tmp_path / "larger")
