@@ -1,0 +1,412 @@
+"""A corpus name or a text file becomes `data/<name>/`: texts, tokenizer, token files, meta.json.
+
+Each stage notes in `stages.json` what it was made from. A stage whose inputs are as noted and whose files are there is
+skipped: calling this again costs nothing, an interrupted preparation goes on, a change redoes what depends on it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import gzip
+import hashlib
+import json
+import lzma
+import mmap
+import os
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lm import grammar
+from lm.download import decompress, download
+from tokenizer.bpe import Tokenizer
+from tokenizer.encode import encode_files
+from tokenizer.files import atomic_write, write_json
+from tokenizer.train import train_bpe
+
+SPECIAL_TOKENS = ["<|endoftext|>"]
+SPLITS = ("train", "valid")
+
+BUILTIN_BYTES = {"train": 4_000_000, "valid": 200_000}
+BUILTIN_SEEDS = {"train": 1, "valid": 2}
+
+HELD_OUT_SHARE = 20  # one byte in 20 of a text without a validation text is held out,
+HELD_OUT_BYTES = 10_000_000  # but not more than this
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to download: its home, its size and hash, and those of the text in it where that is compressed."""
+
+    url: str
+    num_bytes: int
+    sha256: str
+    text_bytes: int | None = None
+    text_sha256: str | None = None
+
+
+HUB = "https://huggingface.co/datasets"
+SOURCES = {
+    "tinystories": {
+        "train": Source(
+            f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
+            2_227_753_162,
+            "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
+        ),
+        "valid": Source(
+            f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt",
+            22_502_601,
+            "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
+        ),
+    },
+    "owt": {
+        "train": Source(
+            f"{HUB}/stanford-cs336/owt-sample/resolve/main/owt_train.txt.gz",
+            4_591_240_837,
+            "b19ae88cfbc4016b304c348522455fe38ebac48fffed955adcc7191a89e38ccf",
+            11_920_511_059,
+            "bbeb7f291a981ecfd5cf44b84d0f654b9e96c53dff99f2556b7d2cccaf8c1918",
+        ),
+        "valid": Source(
+            f"{HUB}/stanford-cs336/owt-sample/resolve/main/owt_valid.txt.gz",
+            111_785_382,
+            "bc73db5da2f19c360836b9c8a88094e13346ec83798c2f40060be39135768c80",
+            289_998_753,
+            "2406f278e71829d273b315e9b403285baea7022b26a96d2728dd8b776ea40660",
+        ),
+    },
+}
+CORPORA = ("builtin", *SOURCES)
+VOCAB_SIZES = {"builtin": 1024, "tinystories": 10_000, "owt": 32_000}
+OWN_VOCAB_SIZES = ((1_000_000, 1024), (20_000_000, 4096), (500_000_000, 10_000))  # up to so many bytes of text
+
+
+def prepare(
+    corpus: str | None = None,
+    train_text: str | os.PathLike[str] | None = None,
+    valid_text: str | os.PathLike[str] | None = None,
+    *,
+    data_dir: str | os.PathLike[str] = "data",
+    vocab_size: int | None = None,
+    progress: bool = False,
+) -> Path:
+    """Make what is missing of a dataset; its directory, `data_dir`/<corpus or name of the text file>.
+
+    What is done is said on stderr, a line a stage; nothing is said where nothing is left to do. Processes that prepare
+    the same dataset wait for each other.
+
+    Args:
+        corpus: "builtin", "tinystories" or "owt", or None for a text of your own:
+        train_text: a UTF-8 text file (.txt, .txt.gz, .txt.xz). Documents end with `<|endoftext|>`.
+        valid_text: its validation text. Without one the last twentieth of `train_text` (at most 10 MB) is held out,
+            whole documents; where the text has no `<|endoftext|>`, whole paragraphs (blank lines between them), and
+            where it has none, whole lines.
+        data_dir: where datasets lie.
+        vocab_size: of the tokenizer; by default `default_vocab_size`.
+        progress: draw progress bars also where stderr is no terminal.
+
+    Raises:
+        ValueError: an unknown corpus, a text that is empty, too short to hold a part out or no UTF-8, a download that
+            is not what it should be, or a directory that holds the dataset of another text of that name.
+        FileNotFoundError: no text file of that name.
+        OSError: no room on the disk, no network.
+    """
+    if (corpus is None) == (train_text is None):
+        raise ValueError(f"corpus={corpus}, train_text={train_text}: give either a corpus or a text file")
+    if corpus is not None and corpus not in CORPORA:
+        raise ValueError(f"corpus={corpus!r} must be one of {', '.join(CORPORA)}; a text file goes into train_text")
+    vocab_size = vocab_size or default_vocab_size(corpus, train_text)
+    if vocab_size < 256 + len(SPECIAL_TOKENS):
+        raise ValueError(f"vocab_size={vocab_size} must be at least {256 + len(SPECIAL_TOKENS)}: bytes, special tokens")
+    own = [_text_file(name, path) for name, path in (("train_text", train_text), ("valid_text", valid_text)) if path]
+    directory = Path(data_dir) / (corpus or dataset_name(own[0]))
+    with _alone(directory):
+        stages = Stages(directory)
+        if corpus is None:
+            texts = _own_texts(stages, *own)
+        elif corpus == "builtin":
+            texts = _builtin_texts(stages)
+        else:
+            texts = _downloaded_texts(stages, corpus, progress)
+        _train_tokenizer(stages, texts["train"], vocab_size, progress)
+        for split in SPLITS:
+            _encode(stages, split, texts[split], progress)
+    return directory
+
+
+def run(
+    corpus: str,
+    valid_text: Path | None = None,
+    data_dir: Path = Path("data"),
+    vocab_size: int | None = None,
+    progress: bool = False,
+) -> None:
+    """Get a corpus, train its tokenizer and encode it, as far as that is not done yet.
+
+    Args:
+        corpus: builtin, tinystories, owt, or the path of your own text file (.txt, .txt.gz, .txt.xz).
+        valid_text: the validation text beside your own text; default, a tail of whole documents is held out.
+        data_dir: where datasets lie.
+        vocab_size: of the tokenizer; default, 1,024 (builtin), 10,000 (tinystories), 32,000 (owt), or by size.
+        progress: draw progress bars also where stderr is no terminal.
+    """
+    name, text = (corpus, None) if corpus in CORPORA else (None, corpus)
+    directory = prepare(name, text, valid_text, data_dir=data_dir, vocab_size=vocab_size, progress=progress)
+    meta = json.loads((directory / "meta.json").read_bytes())
+    for split in SPLITS:
+        record = meta["splits"][split]
+        rate = record["num_bytes"] / max(record["num_tokens"], 1)
+        counts = (
+            f"{record['num_bytes']:,} bytes, {record['num_documents']:,} documents, {record['num_tokens']:,} tokens"
+        )
+        print(f"{directory / record['file']}: {counts} ({rate:.2f} bytes each)")
+        if "entropy_bits_per_byte" in record:
+            print(f"  no model can do better than {record['entropy_bits_per_byte']:.4f} bits per byte on it")
+
+
+def dataset_name(text: str | os.PathLike[str]) -> str:
+    """The name of the dataset of a text file.
+
+    >>> dataset_name("texts/my.book.txt.gz")
+    'my.book'
+    """
+    name = re.sub(r"(\.[A-Za-z]+)?(\.gz|\.xz)?$", "", Path(text).name)
+    if name in ("", ".", "..") or name in CORPORA:
+        raise ValueError(f"train_text={os.fspath(text)}: rename the file; its name is the dataset's, not {name!r}")
+    return name
+
+
+def default_vocab_size(corpus: str | None, train_text: str | os.PathLike[str] | None = None) -> int:
+    """The vocabulary size of a corpus, or that which suits the size of a text file."""
+    if corpus is not None:
+        return VOCAB_SIZES[corpus]
+    assert train_text is not None
+    path = _text_file("train_text", train_text)
+    num_bytes = path.stat().st_size * (3 if path.suffix in (".gz", ".xz") else 1)
+    return next((size for limit, size in OWN_VOCAB_SIZES if num_bytes <= limit), VOCAB_SIZES["owt"])
+
+
+class Stages:
+    """What has been made in a dataset's directory, and from what: `stages.json`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.path = directory / "stages.json"
+        try:
+            self.notes: dict[str, Any] = json.loads(self.path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            self.notes = {}
+
+    def run(self, name: str, line: str, inputs: dict[str, Any], outputs: list[str], work: Callable[[], Any]) -> Any:
+        """The result of `work`, which makes the files `outputs` from `inputs`; that of last time if nothing changed.
+
+        Args:
+            name: of the stage.
+            line: what is said on stderr before work is done.
+            inputs: all that decides what comes out, as JSON.
+            outputs: names of files in the dataset's directory.
+            work: returns what is to be noted beside, as JSON.
+        """
+        note = self.notes.get(name)
+        if note and note["inputs"] == inputs and note["outputs"] == self._sizes(outputs):
+            return note["result"]
+        self.forget(name)
+        print(f"prepare: {line}", file=sys.stderr)
+        result = work()
+        self.note(name, {"inputs": inputs, "outputs": self._sizes(outputs), "result": result})
+        return result
+
+    def note(self, name: str, value: Any) -> None:
+        """Write down a note."""
+        if self.notes.get(name) != value:
+            self.notes[name] = value
+            write_json(self.path, self.notes)
+
+    def forget(self, name: str) -> None:
+        """Take a note back, before what it speaks of is made anew."""
+        if self.notes.pop(name, None):
+            write_json(self.path, self.notes)
+
+    def sha256(self, path: Path) -> str:
+        """The hash of a file, known from last time if its size and time of change are the same."""
+        stat, name = path.stat(), f"file {path.resolve()}"
+        seen = {"num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, **self.notes.get(name, {})}
+        if "sha256" not in seen or (seen["num_bytes"], seen["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            seen = {"num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
+            self.note(name, seen)
+        return str(seen["sha256"])
+
+    def _sizes(self, outputs: list[str]) -> dict[str, int | None]:
+        paths = {name: self.directory / name for name in outputs}
+        return {name: path.stat().st_size if path.is_file() else None for name, path in paths.items()}
+
+
+def _builtin_texts(stages: Stages) -> dict[str, Path]:
+    texts = {split: stages.directory / f"{split}.txt" for split in SPLITS}
+    for split, path in texts.items():
+        num_bytes, seed = BUILTIN_BYTES[split], BUILTIN_SEEDS[split]
+        digest = hashlib.sha256(grammar.STORIES.encode()).hexdigest()
+        inputs = {"grammar": digest, "num_bytes": num_bytes, "seed": seed}
+        work = partial(grammar.write_corpus, path, num_bytes, seed)
+        stages.run(f"{split} text", f"writing stories to {path}", inputs, [path.name], work)
+    return texts
+
+
+def _downloaded_texts(stages: Stages, corpus: str, progress: bool) -> dict[str, Path]:
+    texts = {split: stages.directory / f"{split}.txt" for split in SPLITS}
+    for split, path in texts.items():
+        source = SOURCES[corpus][split]
+        inputs = {"url": source.url, "sha256": source.sha256}
+        work = partial(_fetch, source, path, progress)
+        stages.run(f"{split} text", f"getting {source.url}", inputs, [path.name], work)
+    return texts
+
+
+def _fetch(source: Source, path: Path, progress: bool) -> None:
+    if source.text_sha256 is None:
+        download(source.url, path, num_bytes=source.num_bytes, sha256=source.sha256, progress=progress)
+        return
+    packed = path.with_name(source.url.rpartition("/")[2])
+    download(source.url, packed, num_bytes=source.num_bytes, sha256=source.sha256, progress=progress)
+    decompress(packed, path, num_bytes=source.text_bytes, sha256=source.text_sha256, progress=progress)
+    packed.unlink()
+
+
+def _own_texts(stages: Stages, train_text: Path, valid_text: Path | None = None) -> dict[str, Path]:
+    source = {"path": str(train_text.resolve()), "sha256": stages.sha256(train_text)}
+    before = stages.notes.get("source", source)
+    if before["path"] != source["path"] and before["sha256"] != source["sha256"] and Path(before["path"]).exists():
+        raise ValueError(
+            f"{stages.directory} holds the dataset of {before['path']}: rename {train_text}, or give another data_dir"
+        )
+    stages.note("source", source)
+    if valid_text is not None:
+        return {"train": train_text, "valid": valid_text}
+    texts = {split: stages.directory / f"{split}.txt" for split in SPLITS}
+    if train_text.resolve() in [path.resolve() for path in texts.values()]:
+        raise ValueError(f"train_text={train_text} would be overwritten: move it out of {stages.directory}")
+    outputs = [path.name for path in texts.values()]
+    work = partial(hold_out, train_text, texts["train"], texts["valid"])
+    line = f"no valid_text, so the end of {train_text} is held out"
+    stages.run("held-out text", line, {"text_sha256": source["sha256"]}, outputs, work)
+    return texts
+
+
+def hold_out(text: Path, train: Path, valid: Path) -> None:
+    """Write the last twentieth of a text file, from where a document begins, to `valid`, and the rest to `train`.
+
+    Raises:
+        ValueError: the text cannot be cut in two, or is no whole .gz or .xz file.
+        OSError: no room on the disk.
+    """
+    whole = train.with_name(".text.part")
+    try:
+        _copy(text, whole)
+        with open(whole, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cut = _place_to_cut(data)
+            if cut is None:
+                raise ValueError(f"{text} is too short to hold a part out: give a valid_text, or more text")
+            with atomic_write(valid) as tail:
+                tail.write(data[cut:])
+        with open(whole, "r+b") as rest:
+            rest.truncate(cut)
+            os.fsync(rest.fileno())
+        os.replace(whole, train)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def _copy(text: Path, target: Path) -> None:
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    free = shutil.disk_usage(target.parent).free
+    if text.stat().st_size > free:
+        raise OSError(errno.ENOSPC, f"{text.stat().st_size:,} bytes to copy, {free:,} free", str(target.parent))
+    try:
+        with openers.get(text.suffix, open)(text, "rb") as source, open(target, "wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise ValueError(f"{text} is no whole {text.suffix} file: {error}") from None
+
+
+def _place_to_cut(data: mmap.mmap) -> int | None:
+    """Where the last twentieth begins, moved to the nearest begin of a document, or else paragraph, or else line."""
+    wanted = len(data) - min(len(data) // HELD_OUT_SHARE, HELD_OUT_BYTES)
+    begin = re.match(rb"(\s|<\|endoftext\|>)*", data)
+    assert begin is not None
+    for separator in map(re.compile, (rb"<\|endoftext\|>\s*", rb"\n[ \t\r]*\n\s*", rb"\n\s*")):
+        after = (found.end() for found in separator.finditer(data, wanted))
+        before = (found.end() for found in separator.finditer(data, begin.end(), wanted))
+        cut = next((end for end in after if end < len(data)), None) or max(before, default=None)
+        if cut is not None and begin.end() < cut < len(data):
+            return cut
+    return None
+
+
+def _train_tokenizer(stages: Stages, text: Path, vocab_size: int, progress: bool) -> None:
+    folder = stages.directory / "tokenizer"
+
+    def work() -> str:
+        for stale in ("meta.json", *(f"{split}.npy" for split in SPLITS)):
+            (stages.directory / stale).unlink(missing_ok=True)
+        vocab, merges = train_bpe(text, vocab_size, SPECIAL_TOKENS, progress=progress)
+        tokenizer = Tokenizer(vocab, merges, SPECIAL_TOKENS)
+        tokenizer.save(folder)
+        return tokenizer.sha256
+
+    inputs = {"text_sha256": stages.sha256(text), "vocab_size": vocab_size, "special_tokens": SPECIAL_TOKENS}
+    outputs = [f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer.json", "meta.json")]
+    stages.run("tokenizer", f"training a tokenizer of {vocab_size:,} tokens on {text}", inputs, outputs, work)
+
+
+def _encode(stages: Stages, split: str, text: Path, progress: bool) -> None:
+    def work() -> None:
+        tokenizer = Tokenizer.from_directory(stages.directory / "tokenizer")
+        target = stages.directory / f"{split}.npy"
+        record = encode_files(tokenizer, text, target, progress=progress)
+        if entropy:
+            meta = json.loads(meta_path.read_bytes())
+            meta["splits"][split] = {**record, "entropy_bits_per_byte": entropy}
+            write_json(meta_path, meta)
+
+    meta_path = stages.directory / "meta.json"
+    written = (stages.notes.get(f"{split} text") or {}).get("result") or {}
+    entropy = written.get("entropy_bits_per_byte")
+    inputs = {"text_sha256": stages.sha256(text), "tokenizer_sha256": stages.notes["tokenizer"]["result"]}
+    if not meta_path.exists():
+        stages.forget(split)
+    stages.run(split, f"encoding {text}", inputs, [f"{split}.npy"], work)
+
+
+def _text_file(name: str, path: str | os.PathLike[str]) -> Path:
+    text = Path(path)
+    if text.is_dir():
+        raise ValueError(f"{name}={text} is a directory; give a text file (.txt, .txt.gz, .txt.xz)")
+    if not text.exists():
+        raise FileNotFoundError(f"{name}={text}: no such file; a corpus is one of {', '.join(CORPORA)}")
+    if text.stat().st_size == 0:
+        raise ValueError(f"{name}={text} is empty")
+    return text
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold the lock of a dataset's directory; one that cannot be written needs none, for nobody prepares it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK):
+        yield
+        return
+    with open(directory / ".lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"prepare: waiting for another process that prepares {directory}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
