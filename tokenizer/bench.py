@@ -1,0 +1,431 @@
+"""`python -m tokenizer bench`: this tokenizer and each installed rival on the same text, on the same cores, in turn.
+
+Every measured run is a process of its own (`tokenizer.rivals`), bound to as many cores as there are threads. Round
+after round each entry of a task runs once, so that whatever else the machine does hits all alike: the claim is the
+ratio to ours within a round, the seconds are what they were that day.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tokenizer.files import atomic_write
+from tokenizer.rivals import END, TASKS
+
+THREADED_TASKS = ("count", "train", "encode", "owt-scale", "tinystories-scale")
+SCALE_BYTES = {"owt-scale": 11.9e9, "tinystories-scale": 2.2e9}
+SCALE_VOCAB_SIZE = {"owt-scale": 32_000, "tinystories-scale": 10_000}
+YARDSTICK = "physical limit"
+RIVALS = sorted({entry for task in TASKS.values() for entry in task if not entry.startswith("ours")} - {YARDSTICK})
+ONCE = ("ours, compiling",)  # entries that one round says enough about
+
+ABOUT = {
+    "count": "Count the pre-tokens of the whole file. The physical limit reads the file and touches each byte once.",
+    "train": "Train a vocabulary of {vocab_size:,} on the first {train_mb:g} MB, from the file to the merges. "
+    "`first call`: the first training of a process, compiled kernels in their cache; `compiling`: without that cache.",
+    "encode": "Encode the whole file with the vocabulary `{tokenizer}` to uint16 on disk, flushed. "
+    "`cold`: the first time in a process that has loaded vocabulary and kernels; `warm`: the second.",
+    "document": "Encode one document given as a `str`, on one thread; mean over documents from all over the file.",
+    "decode": "Decode the ids of one megabyte of text, given as a list, on one thread.",
+    "long-run": "Encode n equal characters, on one thread. The slope is that of log time over log n from the second "
+    "length to the last: 1 is linear.",
+    "owt-scale": "Train a vocabulary of {vocab_size:,} on generated text, by default as large as OpenWebText and with "
+    "as many distinct pre-tokens.",
+    "tinystories-scale": "Train a vocabulary of {vocab_size:,} on generated text, by default as large as TinyStories.",
+}
+
+Results = dict[str, Any]
+"""What `--json` holds: `machine`, and under `tasks` for each task its date, data and records."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the verb `bench` to `parser`."""
+    installed = [name for name in RIVALS if importlib.util.find_spec(name)]
+    parser.add_argument(
+        "--file", type=Path, required=True, help="text to measure on, documents separated by <|endoftext|>"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="directory of the vocabulary to encode with (GPT-2's, say); default: trained on --file",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        metavar="TASK",
+        default=["count", "train", "encode", "document", "decode", "long-run"],
+        help=f"what to measure: {', '.join(TASKS)}",
+    )
+    parser.add_argument(
+        "--rivals",
+        nargs="*",
+        choices=RIVALS,
+        metavar="NAME",
+        help=f"whom to compare with; default: {' '.join(installed) or 'nobody'}",
+    )
+    parser.add_argument(
+        "--threads",
+        nargs="+",
+        type=int,
+        default=[1, len(cores())],
+        help="numbers of threads; rivals run with the largest",
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, each running every entry once")
+    parser.add_argument(
+        "--budget_seconds",
+        type=float,
+        default=60,
+        help="an entry that has used this up in a task is not run again in it",
+    )
+    parser.add_argument("--limit_seconds", type=float, default=900, help="a single run that takes longer has failed")
+    parser.add_argument("--vocab_size", type=int, default=32_000, help="size of the vocabulary to train")
+    parser.add_argument("--train_mb", type=float, default=100, help="megabytes of the file to train on")
+    parser.add_argument("--scale_gb", type=float, help="size of the generated text instead of the real corpus's")
+    parser.add_argument("--scratch", type=Path, help="folder for temporary files (default: the system's)")
+    parser.add_argument("--json", type=Path, help="write the results here; tasks of an earlier run in this file stay")
+    parser.add_argument("--markdown", type=Path, help="write the page here")
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def cores() -> list[int]:
+    """The processor cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
+
+
+def bind(chosen: list[int]) -> None:
+    """Keep this process on the cores `chosen`, where the system can."""
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, chosen)
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Run one job in a process bound to `job["threads"]` cores; what it measured, or {"error": its last line}."""
+    with tempfile.TemporaryDirectory(dir=job["scratch"]) as folder:
+        scratch = Path(folder)
+        (scratch / "job.json").write_text(json.dumps({**job, "scratch": folder}))
+        environment = {name: str(job["threads"]) for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
+        if job["rival"] == "ours, compiling":
+            environment["NUMBA_CACHE_DIR"] = folder
+        chosen = cores()[: job["threads"]]
+        try:
+            child = subprocess.run(
+                [sys.executable, "-m", "tokenizer.rivals", scratch / "job.json", scratch / "result.json"],
+                env={**os.environ, **environment},
+                preexec_fn=lambda: bind(chosen),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=job["limit_seconds"],
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done in {job['limit_seconds']:g} s"}
+        if child.returncode != 0:
+            lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+            return {"error": lines[-1][:200]}
+        result: dict[str, Any] = json.loads((scratch / "result.json").read_text())
+        return result
+
+
+def agreement(task: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """How far the result of a run agrees with ours: the same ids, or the same merges and tokens."""
+    if theirs.get("digest"):
+        return "same ids" if theirs["digest"] == ours.get("digest") else "OTHER IDS"
+    if not theirs.get("tokens") and not theirs.get("merges"):
+        return ""
+    if theirs.get("merges"):
+        if theirs["merges"] == ours["merges"]:
+            return "same merges"
+        pairs = zip(ours["merges"], theirs["merges"], strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours["merges"]), len(theirs["merges"])))
+        tokens = {left + right for left, right in theirs["merges"]}
+        told = f"first {same:,} merges the same, "
+    else:
+        tokens, told = set(theirs["tokens"]), ""
+    made = {left + right for left, right in ours["merges"]}
+    return f"{told}{100 * len(made & tokens) / max(len(made), 1):.1f} % of the tokens"
+
+
+def run_task(
+    task: str, threads: list[int], entries: list[str], job: dict[str, Any], options: argparse.Namespace
+) -> Results:
+    """All rounds of one task."""
+    plan = [("ours", count) for count in sorted(set(threads)) if task in THREADED_TASKS or count == 1]
+    most = plan[-1][1]
+    plan += [(entry, most) for entry in entries if entry != "ours"]
+    plan += [(entry, count) for entry, count in plan if entry == YARDSTICK for count in threads if count != most]
+    records: list[dict[str, Any]] = [
+        {
+            "entry": entry,
+            "threads": count,
+            "seconds": {},
+            "num_bytes": {},
+            "peak_bytes": [],
+            "note": "",
+            "agreement": "",
+        }
+        for entry, count in plan
+    ]
+    spent = [0.0] * len(plan)
+    ours: dict[str, Any] = {}
+    for round_number in range(options.repeats):
+        for i, record in enumerate(records):
+            stop = "error" in record or spent[i] > options.budget_seconds
+            if stop or (round_number > 0 and record["entry"] in ONCE):
+                continue
+            start = time.monotonic()
+            result = measure({**job, "task": task, "rival": record["entry"], "threads": record["threads"]})
+            spent[i] += time.monotonic() - start
+            if "error" in result:
+                record["error"] = result["error"]
+                print(f"{task}: {record['entry']}: {result['error']}", file=sys.stderr)
+                continue
+            for stage, seconds in result["seconds"].items():
+                record["seconds"].setdefault(stage, []).append(seconds)
+            record["peak_bytes"].append(result["peak_bytes"])
+            record["num_bytes"], record["note"] = result["num_bytes"], result["note"]
+            if not ours:
+                ours = result
+            elif round_number == 0:
+                record["agreement"] = agreement(task, ours, result)
+            shown = ", ".join(f"{stage} {seconds:.3g} s".strip() for stage, seconds in result["seconds"].items())
+            print(f"{task}: {record['entry']}, {record['threads']} threads: {shown}", file=sys.stderr)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "load": os.getloadavg()[0],
+        "records": records,
+    }
+
+
+def prepare_text(task: str, options: argparse.Namespace, scratch: Path) -> Path:
+    """The text of a task: the file, its first megabytes, or a generated one."""
+    path = scratch / f"{task}.txt"
+    if task in SCALE_BYTES:
+        from tokenizer.synthetic import write_text
+
+        num_bytes = options.scale_gb * 1e9 if options.scale_gb else SCALE_BYTES[task]
+        print(f"{task}: generating {num_bytes / 1e9:.1f} GB", file=sys.stderr)
+        write_text(path, task, options.file, int(num_bytes), max(options.threads))
+        return path
+    if task == "train" and options.file.stat().st_size > options.train_mb * 1e6:
+        with open(options.file, "rb") as file:
+            text = file.read(int(options.train_mb * 1e6))
+        separator = text.rfind(END.encode())
+        path.write_bytes(text[: separator if separator > 0 else None])
+        return path
+    return Path(options.file)
+
+
+def prepare_tokenizer(options: argparse.Namespace, scratch: Path) -> Path:
+    """The directory of the vocabulary to encode with, in every format that the rivals read."""
+    from tokenizer import Tokenizer, train_bpe
+
+    if options.tokenizer:
+        tokenizer = Tokenizer.from_directory(options.tokenizer)
+    else:
+        vocab, merges = train_bpe(options.file, options.vocab_size, [END])
+        tokenizer = Tokenizer(vocab, merges, [END])
+    tokenizer.save(scratch / "tokenizer")
+    return scratch / "tokenizer"
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    packages = sorted({*RIVALS, "numpy", "numba"})
+    return {
+        "processor": model[1] if model else platform.processor(),
+        "cores": len(cores()),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)},
+    }
+
+
+def in_units(seconds: float) -> str:
+    """Seconds with three digits and a unit that suits them.
+
+    >>> in_units(0.0000123), in_units(12.345)
+    ('12.3 µs', '12.3 s')
+    """
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def ratio_to_ours(record: dict[str, Any], ours: dict[str, Any] | None, stage: str) -> str:
+    """Median over the rounds of their seconds over ours in the same round."""
+    own = ours["seconds"].get(stage) if ours and ours is not record else None
+    if not own:
+        return ""
+    return f"{statistics.median(a / b for a, b in zip(record['seconds'][stage], own, strict=False)):.2f}x"
+
+
+def slope(record: dict[str, Any], kind: str) -> str:
+    """Slope of log time over log n of the runs of one kind of letter."""
+    points = [
+        (record["num_bytes"][stage], statistics.median(seconds))
+        for stage, seconds in record["seconds"].items()
+        if stage.endswith(f" x {kind}")
+    ][1:]
+    if len(points) < 2:
+        return ""
+    from math import log
+
+    (n0, t0), (n1, t1) = points[0], points[-1]
+    return f"{kind}: slope {log(t1 / t0) / log(n1 / n0):.2f}"
+
+
+def table(task: str, result: Results) -> list[str]:
+    """One task as a Markdown table: median, range and rate of each stage of each entry, ratio to ours, memory."""
+    lines = [
+        "| entry | threads | median | range | n | MB/s | time over ours | peak MB | agrees with ours | note |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|---|",
+    ]
+    for record in result["records"]:
+        if "error" in record:
+            lines.append(f"| {record['entry']} | {record['threads']} | failed | | | | | | | {record['error']} |")
+            continue
+        same_threads = (r for r in result["records"] if r["entry"] == "ours" and r["threads"] == record["threads"])
+        ours = next(same_threads, None)
+        for stage, seconds in record["seconds"].items():
+            median = statistics.median(seconds)
+            num_bytes = record["num_bytes"].get(stage)
+            cells = [
+                f"{record['entry']}{', ' if stage else ''}{stage}",
+                record["threads"],
+                in_units(median),
+                f"{in_units(min(seconds))} – {in_units(max(seconds))}",
+                len(seconds),
+                f"{num_bytes / median / 1e6:.3g}" if num_bytes else "",
+                ratio_to_ours(record, ours, stage),
+                round(max(record["peak_bytes"]) / 1e6),
+                record["agreement"],
+                record["note"],
+            ]
+            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    if task == "long-run":
+        for record in result["records"]:
+            slopes = [text for text in (slope(record, kind) for kind in ("letter", "blank")) if text]
+            if "error" not in record and slopes:
+                lines += ["", f"{record['entry']}: {', '.join(slopes)}."]
+    ours = [record for record in result["records"] if record["entry"] == "ours" and "error" not in record]
+    if len(ours) > 1:
+        stage = next(iter(ours[0]["seconds"]))
+        one, most = (statistics.median(record["seconds"][stage]) for record in (ours[0], ours[-1]))
+        lines += ["", f"Scaling of ours from {ours[0]['threads']} to {ours[-1]['threads']} threads: {one / most:.2f}x."]
+    return lines
+
+
+def page(results: Results) -> str:
+    """The results as a Markdown page."""
+    about = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    lines = [
+        "# Tokenizer benchmark",
+        "",
+        f"{about['processor']}, {about['cores']} cores, {about['memory_gb']} GB, {about['system']}, "
+        f"Python {about['python']}; {versions}.",
+        "",
+        "Every run is a process of its own bound to as many cores as threads; the entries of a task take turns, round "
+        "by round. `time over ours` is the median over the rounds of their seconds divided by ours in the same round: "
+        "above 1, ours is faster. Peak memory is the largest resident size of the process. The page cache is warm.",
+    ]
+    for task, result in results["tasks"].items():
+        lines += [
+            "",
+            f"## {task}",
+            "",
+            ABOUT[task].format(**result["settings"]),
+            "",
+            f"{result['data']}, {result['num_bytes']:,} bytes; {result['date']}; load average at the end "
+            f"{result['load']:.1f}. `{result['command']}`",
+            "",
+            *table(task, result),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what `options` ask for, print the page, and write it.
+
+    Raises:
+        ValueError: an option asks for what is not there.
+        FileNotFoundError: the text does not exist.
+    """
+    if not options.file.is_file():
+        raise FileNotFoundError(f"--file {options.file} does not exist")
+    for name in ("repeats", "vocab_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
+    if min(options.threads) < 1 or max(options.threads) > len(cores()):
+        raise ValueError(f"--threads {options.threads} must lie between 1 and the number of cores, {len(cores())}")
+
+    wanted = RIVALS if options.rivals is None else options.rivals
+    chosen = [name for name in wanted if importlib.util.find_spec(name)]
+    results: Results = {"tasks": {}}
+    if options.json and options.json.exists():
+        results = json.loads(options.json.read_text())
+    results["machine"] = machine()
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        scratch = Path(folder)
+        tokenizer = prepare_tokenizer(options, scratch)
+        for task in options.tasks:
+            entries = [entry for entry in TASKS[task] if entry not in RIVALS or entry in chosen]
+            text = prepare_text(task, options, scratch)
+            vocab_size = SCALE_VOCAB_SIZE.get(task, options.vocab_size)
+            job = {
+                "file": str(text),
+                "vocab_size": vocab_size,
+                "tokenizer": str(tokenizer),
+                "scratch": folder,
+                "limit_seconds": options.limit_seconds,
+            }
+            result = run_task(task, options.threads, entries, job, options)
+            name = options.tokenizer.name if options.tokenizer else "trained on the file"
+            result["data"] = f"generated from {options.file.name}" if task in SCALE_BYTES else options.file.name
+            result["num_bytes"] = text.stat().st_size
+            result["settings"] = {"vocab_size": vocab_size, "train_mb": options.train_mb, "tokenizer": name}
+            result["command"] = command(task, options)
+            results["tasks"][task] = result
+            if text != options.file:
+                text.unlink()
+            if options.json:
+                with atomic_write(options.json, "w") as file:
+                    file.write(json.dumps(results, indent=1) + "\n")
+    results["tasks"] = {task: results["tasks"][task] for task in TASKS if task in results["tasks"]}
+    print(page(results))
+    if options.markdown:
+        with atomic_write(options.markdown, "w") as file:
+            file.write(page(results))
+
+
+def command(task: str, options: argparse.Namespace) -> str:
+    """The command that measures one task again, with the names of files but not where they lay."""
+    words = ["python -m tokenizer bench", "--tasks", task, "--file", options.file.name]
+    if options.tokenizer:
+        words += ["--tokenizer", options.tokenizer.name]
+    words += ["--threads", *map(str, options.threads), "--repeats", str(options.repeats)]
+    if task in SCALE_BYTES and options.scale_gb:
+        words += ["--scale_gb", f"{options.scale_gb:g}"]
+    return " ".join(words)
