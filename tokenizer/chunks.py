@@ -100,6 +100,13 @@ class PlainFile:
         self.read_into(buffer, offset)
         return buffer.tobytes()
 
+    def read_all(self) -> bytes:
+        """The whole text."""
+        end = 1 << 20
+        while self.clip(end) == end:
+            end *= 2
+        return self.read(0, end)
+
     def read_into(self, buffer: NDArray[np.uint8], offset: int) -> None:
         """Fill `buffer` from `offset` on."""
         with open(self.path, "rb", buffering=0) as file:
@@ -285,7 +292,7 @@ def read_text(path: Path, errors: Errors = "strict") -> str:
         ValueError: as `ChunkReader`.
     """
     file = CompressedFile(path) if path.suffix in (".gz", ".xz") else PlainFile(path)
-    data = file.read(0, 1 << 62)
+    data = file.read_all()
     file.check_unchanged()
     try:
         return data.decode("utf-8", "replace" if errors == "replace" and not is_utf16(data) else "strict")

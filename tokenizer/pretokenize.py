@@ -27,7 +27,7 @@ def unicode_classes() -> NDArray[np.uint8]:
 
     `regex` decides, so the classes follow the Unicode version of the installed `regex`.
     """
-    every_character = "".join(map(chr, range(0x110000)))
+    every_character = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
     classes = np.zeros(0x110000, np.uint8)
     for value, pattern in enumerate((r"\p{L}+", r"\p{N}+", r"\s+"), start=1):
         for run in regex.finditer(pattern, every_character):

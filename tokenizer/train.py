@@ -111,7 +111,7 @@ def learn_merges(pretoken_counts: Mapping[bytes, int], num_merges: int) -> list[
     by count, where a count that has become less is corrected when it comes up.
 
     >>> learn_merges({b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}, 3)
-    [(b's', b't'), (b'es', b't'), (b'o', b'w')]
+    [(b's', b't'), (b'e', b'st'), (b'o', b'w')]
     """
     words = [tuple(bytes([byte]) for byte in pretoken) for pretoken in pretoken_counts]
     counts = list(pretoken_counts.values())
