@@ -1,4 +1,8 @@
-"""Pure functions of the model: softmax, SiLU, attention, cross-entropy."""
+"""Pure functions of the model: softmax, SiLU, RMS normalisation, attention, cross-entropy.
+
+The bodies are the textbook formulas. Run eagerly, the ones that cost most go to `lm.gradients` instead, which gives the
+same numbers in fewer passes over memory; `torch.compile` sees the formulas.
+"""
 
 import math
 
@@ -6,10 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return `x` in float32, or as it is when its dtype is wider: sums and exponentials need the digits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from lm import gradients
+from lm.gradients import at_least_float32
 
 
 def softmax(x: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape"]:
@@ -28,6 +30,27 @@ def softmax(x: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape"]:
 def silu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """x * sigmoid(x), also called swish (Elfwing et al. 2017; CS336 A1 section 3.4.2, equation 5)."""
     return x * torch.sigmoid(x)
+
+
+def gated_silu(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """silu(a) * b, the inside of SwiGLU."""
+    if not torch.compiler.is_compiling():
+        return gradients.GatedSiLU.apply(a, b)
+    return silu(a) * b
+
+
+def rms_norm(
+    x: Float[Tensor, "*batch d_model"], weight: Float[Tensor, " d_model"], eps: float = 1e-5
+) -> Float[Tensor, "*batch d_model"]:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32 and returned in the dtype of x.
+
+    Zhang and Sennrich 2019, equation 4; CS336 A1 section 3.4.1, equation 4.
+    """
+    if not torch.compiler.is_compiling():
+        return gradients.RMSNorm.apply(x, weight, eps)
+    wide = at_least_float32(x)
+    inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * inverse_rms * weight).to(x.dtype)
 
 
 def scaled_dot_product_attention(
@@ -65,6 +88,11 @@ def causal_attention(
     The queries are the last positions of the keys: with fewer queries than keys, the first keys are the past.
     """
     queries, keys = q.shape[-2], k.shape[-2]
+    if queries == 1:
+        return scaled_dot_product_attention(q, k, v)
+    if q.is_cpu and q.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+        blocks = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
+        return gradients.CausalAttention.apply(*blocks).view(*q.shape[:-1], v.shape[-1])
     mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     return scaled_dot_product_attention(q, k, v, mask)
 
@@ -79,10 +107,21 @@ def cross_entropy(logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*
         logits: unnormalised scores of any float dtype; reduced in float32.
         targets: token ids in [0, vocab), one per leading position of `logits`.
     """
+    if not torch.compiler.is_compiling():
+        return gradients.CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
     wide = at_least_float32(logits)
     shifted = wide - wide.amax(-1, keepdim=True)
     log_normaliser = shifted.exp().sum(-1).log()
     return (log_normaliser - shifted.gather(-1, targets[..., None]).squeeze(-1)).mean()
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "*batch d_model"], weight: Float[Tensor, "vocab d_model"], targets: Int[Tensor, "*batch"]
+) -> Float[Tensor, ""]:
+    """`cross_entropy` of the logits hidden W^T, without a place for all of them: at most 2^25 exist at a time."""
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return gradients.LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1))
+    return cross_entropy(hidden @ weight.T, targets)
 
 
 def perplexity(logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, ""]:

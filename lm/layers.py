@@ -1,6 +1,7 @@
 """The layers of the model, from `Linear` to `MultiHeadSelfAttention`, with the handout's names and initialisation."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,7 +11,8 @@ from torch.nn import Module, Parameter
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 from torch.nn.init import trunc_normal_
 
-from lm.functional import at_least_float32, causal_attention, silu
+from lm.functional import causal_attention, gated_silu, rms_norm, silu
+from lm.gradients import at_least_float32
 
 
 def truncated_normal(
@@ -73,7 +75,7 @@ class Embedding(Module):
 class RMSNorm(Module):
     """x / sqrt(mean(x^2) + eps) * gain over the last axis, computed in float32 and returned in the dtype of x.
 
-    Zhang and Sennrich 2019, equation 4; CS336 A1 section 3.4.1, equation 4.
+    `lm.functional.rms_norm` with learned gains.
     """
 
     def __init__(
@@ -89,9 +91,7 @@ class RMSNorm(Module):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Scale each vector to root mean square 1, then by the gains."""
-        wide = at_least_float32(x)
-        inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * inverse_rms * self.weight).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(Module):
@@ -107,7 +107,7 @@ class SwiGLU(Module):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Apply the layer at every position."""
-        return self.w2(silu(self.w1(x)) * self.w3(x))
+        return self.w2(gated_silu(self.w1(x), self.w3(x)))
 
 
 class SiLUFeedForward(Module):
@@ -130,7 +130,7 @@ class RotaryPositionalEmbedding(Module):
 
     The product of a rotated query and a rotated key depends on their positions only through the difference.
     Su et al. 2021; CS336 A1 section 3.4.3, equation 8. The pairs are neighbours ("interleaved"), unlike the halves of
-    Hugging Face's Llama. The tables are float32 and no part of the state dict.
+    Hugging Face's Llama. The tables stay float32 whatever the module is cast to, and are no part of the state dict.
 
     Args:
         theta: the base of the angles.
@@ -154,13 +154,23 @@ class RotaryPositionalEmbedding(Module):
         self.register_buffer("cos", angles.cos().to(device, torch.float32), persistent=False)
         self.register_buffer("sin", angles.sin().to(device, torch.float32), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryPositionalEmbedding":
+        cos, sin = self.cos, self.sin
+        super()._apply(fn, recurse)
+        self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
+        return self
+
     def forward(
         self, x: Float[Tensor, "*batch seq d_k"], token_positions: Int[Tensor, "*#batch seq"]
     ) -> Float[Tensor, "*batch seq d_k"]:
         """Rotate `x`, in float32, and return it in its own dtype."""
         cos, sin = self.cos[token_positions], self.sin[token_positions]
-        even, odd = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)
-        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        pairs = at_least_float32(x).contiguous().unflatten(-1, (-1, 2))
+        if torch.compiler.is_compiling():  # the compiler knows no complex numbers
+            even, odd = pairs.unbind(-1)
+            rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        else:
+            rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
         return rotated.flatten(-2).to(x.dtype)
 
 

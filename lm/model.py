@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 from torch.utils.checkpoint import checkpoint
 
+from lm.functional import linear_cross_entropy
 from lm.layers import (
     Embedding,
     LayerCache,
@@ -184,14 +185,19 @@ class TransformerLM(Module):
             self.lm_head = Linear(config.d_model, config.vocab_size, device, dtype)
 
     def forward(
-        self, token_ids: Int[Tensor, "*batch seq"], cache: KVCache | None = None
-    ) -> Float[Tensor, "*batch seq vocab"]:
-        """Logits of the token after each position.
+        self,
+        token_ids: Int[Tensor, "*batch seq"],
+        cache: KVCache | None = None,
+        targets: Int[Tensor, "*batch seq"] | None = None,
+    ) -> Float[Tensor, "*batch seq vocab"] | Float[Tensor, ""]:
+        """Logits of the token after each position, or the loss where `targets` are given.
 
         Args:
             token_ids: ids in [0, vocab_size), at most `context_length` positions.
             cache: the positions before `token_ids`, of which it has the keys and values; those of `token_ids` are
                 added. The result is as if all were computed again.
+            targets: the tokens that do follow. The result is then the mean cross-entropy in nats per token, computed
+                without a place for all logits (`lm.functional.linear_cross_entropy`).
 
         Raises:
             ValueError: more positions than `context_length`, or than the cache has room for.
@@ -213,9 +219,10 @@ class TransformerLM(Module):
                 x = layer(x)
         if self.config.norm != "none":
             x = self.ln_final(x)
-        if self.config.head == "untied":
-            return self.lm_head(x)
-        return x @ self.token_embeddings.weight.T
+        head = self.lm_head if self.config.head == "untied" else self.token_embeddings
+        if targets is not None:
+            return linear_cross_entropy(x, head.weight, targets)
+        return x @ head.weight.T
 
     def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `max_length` positions (default: the context length).

@@ -138,6 +138,14 @@ def test_rope_tables_are_no_part_of_the_state_dict():
     assert RotaryPositionalEmbedding(10_000.0, 16, 64).state_dict() == {}
 
 
+def test_rope_tables_stay_float32():
+    rope = RotaryPositionalEmbedding(10_000.0, 16, 64)
+    exact = rope.cos.clone()
+    rope.bfloat16()
+    assert torch.equal(rope.cos, exact)
+    assert rope(torch.randn(5, 16).bfloat16(), torch.arange(5)).dtype == torch.bfloat16
+
+
 def test_rope_refuses_an_odd_size():
     with pytest.raises(ValueError, match="d_k=5 must be even"):
         RotaryPositionalEmbedding(10_000.0, 5, 8)
