@@ -26,9 +26,8 @@ from tokenizer import files, pretokenize
 
 COMPILE_AFTER = 1 << 18  # characters encoded or ids decoded; loading the kernels takes about as long as this much text
 MAX_PLAIN_CACHE = 4096  # pre-tokens, under 1 MB
-STREAM_CHARACTERS = 1 << 14  # what encode_iterable gathers before it encodes
+STREAM_CHARACTERS = 1 << 12  # what encode_iterable gathers before it encodes
 
-FIRST_SLOTS = 1 << 14  # pre-tokens that a new cache of the kernels has room for
 
 PRETOKENS = regex.compile(pretokenize.PATTERN)
 LAST_CUT = regex.compile(r"(?r)(?<=\S)\s")  # the last white space after something else: a pre-token begins there
@@ -47,6 +46,8 @@ class Tokenizer:
     >>> tokenizer.decode([258, 0])
     'cat<|end|>'
     """
+
+    FIRST_CHARACTERS = 256  # what encode_iterable waits for at first
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class Tokenizer:
         self._check_merges()
         self.vocab_size = max(self.vocab) + 1
         self._special_pattern = pretokenize.special_token_pattern(self.special_tokens)
-        self._plain_cache: dict[str, list[int]] = {}
+        self._plain_cache: dict[str, tuple[int, ...]] = {}
         self._compiled: CompiledTokenizer | None = None
         self._work_done = 0
 
@@ -199,7 +200,7 @@ class Tokenizer:
         single pre-token is larger. Never loads the kernels, which alone are larger: call `compile` first for speed.
         """
         pieces: list[str] = []
-        length, enough = 0, 256
+        length, enough = 0, self.FIRST_CHARACTERS
         for piece in iterable:
             pieces.append(piece)
             length += len(piece)
@@ -306,7 +307,7 @@ class Tokenizer:
         for pretoken in PRETOKENS.findall(text):
             known = cache.get(pretoken)
             if known is None:
-                known = merge_pretoken([self._ids[b"%c" % byte] for byte in pretoken.encode()], self._ranks)
+                known = tuple(merge_pretoken([self._ids[b"%c" % byte] for byte in pretoken.encode()], self._ranks))
                 if len(cache) >= MAX_PLAIN_CACHE:
                     cache.clear()
                 if len(pretoken) <= 64:
@@ -371,7 +372,8 @@ class CompiledTokenizer:
     SCRATCH = 1 << 18  # bytes of text for which the arrays are kept from call to call
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.encoder = BytesEncoder(tokenizer, max_slots=1 << 18)
+        # All of the cache at once, so that encoding takes no more memory later.
+        self.encoder = BytesEncoder(tokenizer, first_slots=1 << 17, max_slots=1 << 17)
         self._lock = threading.Lock()
         self._starts = np.empty(self.SCRATCH + 1, np.uint32)
         self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
@@ -422,15 +424,15 @@ class BytesEncoder:
 
     Args:
         tokenizer: whose ids.
-        max_slots: most pre-tokens that the cache has room for, a power of two; a slot takes 32 bytes, half of them
-            get filled. A full cache starts again empty.
+        first_slots: size of the empty cache, a power of two; a slot takes 32 bytes, and half of them get filled.
+        max_slots: size at which a full cache is emptied instead of enlarged.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_slots: int = 1 << 21) -> None:
+    def __init__(self, tokenizer: Tokenizer, first_slots: int = 1 << 14, max_slots: int = 1 << 21) -> None:
         from tokenizer.kernels import encode as kernels
 
         self._kernels = kernels
-        self._max_words = kernels.SLOT * max_slots
+        self._first_words, self._max_words = kernels.SLOT * first_slots, kernels.SLOT * max_slots
         ids = tokenizer._ids
         products = [(ids[left], ids[right], ids[left + right]) for left, right in tokenizer.merges]
         columns = np.array(products, np.uint32).reshape(-1, 3).T.copy()
@@ -443,15 +445,17 @@ class BytesEncoder:
         self._classes = pretokenize.unicode_classes()
         self._specials = pretokenize.special_token_arrays(tokenizer.special_tokens)
         self._special_ids = np.array([tokenizer.special_ids[token] for token in tokenizer.special_tokens], np.uint32)
-        self._cache = self._empty_cache(kernels.SLOT * FIRST_SLOTS)
+        self._cache = self._empty_cache(self._first_words)
 
     def _empty_cache(self, words: int) -> Any:
-        return self._kernels.Cache(np.zeros(words, np.uint64), np.empty(words // 4, np.uint32), np.zeros(2, np.int64))
+        cache = self._kernels.Cache(np.empty(words, np.uint64), np.empty(words // 4, np.uint32), np.zeros(2, np.int64))
+        cache.slots.fill(0)  # unlike np.zeros, takes the memory now
+        return cache
 
     def copy(self) -> "BytesEncoder":
         """One for another thread: the same tables, an empty cache of its own."""
         other = copy.copy(self)
-        other._cache = self._empty_cache(self._kernels.SLOT * FIRST_SLOTS)
+        other._cache = self._empty_cache(self._first_words)
         other._work = self._empty_work(1024)
         return other
 
