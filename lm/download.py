@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import ssl
 import sys
 import time
 import urllib.error
@@ -138,11 +139,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         _check_url(newurl)
-        new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if new is not None:
-            for name, value in req.headers.items():
-                new.add_header(name, value)  # Range and If-Range are meant for where the file is
-        return new
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _check_url(url: str) -> None:
@@ -171,7 +168,7 @@ def _fetch_all(url: str, part: Path, num_bytes: int | None, progress: bool) -> N
                 cause = f"the server answers {error.code}"
             except urllib.error.URLError as error:
                 cause = str(error.reason)
-            except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
+            except (TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException) as error:
                 cause = str(error) or type(error).__name__
             failures = 1 if _size(part) > before else failures + 1
             if failures >= ATTEMPTS:
