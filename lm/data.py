@@ -19,8 +19,6 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-VOCAB_SIZES = {"builtin": 1024, "tinystories": 10_000, "owt": 32_000}
-
 Windows = Literal["replacement", "epoch"]
 
 
@@ -333,7 +331,7 @@ class TokenDataModule(pl.LightningDataModule):
         valid_text: its validation text; without one, a tail of whole documents is held out.
         directory: a prepared dataset, used as it is.
         data_dir: where prepared datasets lie.
-        vocab_size: size of the tokenizer to train; the corpus' own by default.
+        vocab_size: size of the tokenizer to train; by default what suits the corpus, or the size of the text.
         context_length: tokens per training window.
         val_context_length: tokens per validation window; context_length by default.
         batch_size: windows per batch and device.
@@ -385,7 +383,9 @@ class TokenDataModule(pl.LightningDataModule):
             if vocab_size not in (None, self.vocab_size):
                 raise ValueError(f"vocab_size={vocab_size}, but {directory} was made with {self.vocab_size}")
         else:
-            self.vocab_size = vocab_size or VOCAB_SIZES["builtin" if train_text else corpus]
+            from lm.prepare import default_vocab_size
+
+            self.vocab_size = vocab_size or default_vocab_size(None if train_text else corpus, train_text)
         self.meta: dict[str, Any] = {}
         self._splits: dict[str, TokenFile] = {}
         self._device_tokens: DeviceTokens | None = None

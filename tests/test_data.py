@@ -469,8 +469,10 @@ def test_a_corpus_is_prepared_on_one_process_and_found_by_all(dataset: Path, mon
         calls.append((args, kwargs))
         return dataset
 
-    monkeypatch.setitem(sys.modules, "lm.prepare", SimpleNamespace(prepare=prepare))
-    data = TokenDataModule(train_text="my.txt", vocab_size=300, data_dir="somewhere")
+    monkeypatch.setitem(
+        sys.modules, "lm.prepare", SimpleNamespace(prepare=prepare, default_vocab_size=lambda *args: 300)
+    )
+    data = TokenDataModule(train_text="my.txt", data_dir="somewhere")
     assert data.vocab_size == 300
     assert not calls
     data.prepare_data()
