@@ -8,15 +8,28 @@ In the formulas B is the batch size, T the context length, V the vocabulary, L t
 `d_ff`. A matrix product (m × k) @ (k × n) costs 2·m·k·n FLOPs; everything else is counted as free.
 """
 
+import dataclasses
+import json as json_format
 import re
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from lm.model import TransformerConfig
 
 Rules = Literal["2025", "2026"]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 Dtype = Literal["float32", "tf32", "bfloat16", "float16"]
+
+# Layers, d_model, heads.
+_GPT2 = {
+    "gpt2-small": (12, 768, 12),
+    "gpt2-medium": (24, 1024, 16),
+    "gpt2-large": (36, 1280, 20),
+    "gpt2-xl": (48, 1600, 25),
+}
+_VOCAB_SIZES = {"builtin": 1024, "tinystories": 10_000, "owt": 32_000}
 
 ADAMW_FLOPS_PER_PARAMETER = 14  # decay 2, first moment 3, second moment 4, update 5 (root, + eps, ÷, · lr, −)
 
@@ -33,29 +46,42 @@ def named_config(name: str, rules: Rules = "2026") -> TransformerConfig:
     Raises:
         ValueError: there is no such name.
     """
-    gpt2 = {
-        "gpt2-small": (12, 768, 12),
-        "gpt2-medium": (24, 1024, 16),
-        "gpt2-large": (36, 1280, 20),
-        "gpt2-xl": (48, 1600, 25),
-    }
-    vocabularies = {"tinystories": 10_000, "owt": 32_000}
-    if name in gpt2:
-        num_layers, d_model, num_heads = gpt2[name]
+    if name in _GPT2:
+        num_layers, d_model, num_heads = _GPT2[name]
         d_ff = 4 * d_model if rules == "2025" else 64 * round(8 * d_model / 3 / 64)
+        return TransformerConfig(50_257, 1024, num_layers, num_heads, d_model, d_ff)
+    if name in ("tinystories", "owt"):
         return TransformerConfig(
-            vocab_size=50_257,
-            context_length=1024,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            d_model=d_model,
-            d_ff=d_ff,
+            _VOCAB_SIZES[name], context_length=256, num_layers=4, num_heads=16, d_model=512, d_ff=1344
         )
-    if name in vocabularies:
-        return TransformerConfig(
-            vocab_size=vocabularies[name], context_length=256, num_layers=4, num_heads=16, d_model=512, d_ff=1344
-        )
-    raise ValueError(f"name={name!r} is not a known model: choose from {', '.join([*gpt2, *vocabularies])}")
+    raise ValueError(f"{name!r} is no model's name: choose from {', '.join(_GPT2)}, tinystories, owt, or a YAML file")
+
+
+def config_from_yaml(path: Path) -> TransformerConfig:
+    """The model of a run's configuration file; vocabulary and context length are those of its data section.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a setting that no model has, or no vocabulary size.
+    """
+    import yaml
+
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    model = dict((settings.get("model") or {}).get("transformer") or {})
+    data = settings.get("data") or {}
+    if data.get("directory"):
+        meta = Path(data["directory"]) / "meta.json"
+        model["vocab_size"] = json_format.loads(meta.read_text())["vocab_size"]
+    elif data.get("vocab_size") or data.get("corpus"):
+        model["vocab_size"] = data.get("vocab_size") or _VOCAB_SIZES[data["corpus"]]
+    if "context_length" in data:
+        model["context_length"] = data["context_length"]
+    if "vocab_size" not in model:
+        raise ValueError(f"{path} says neither data.corpus nor data.vocab_size")
+    unknown = model.keys() - {field.name for field in dataclasses.fields(TransformerConfig)}
+    if unknown:
+        raise ValueError(f"{path}: model.transformer has no {', '.join(sorted(unknown))}")
+    return TransformerConfig(**model)
 
 
 # -------------------------------------------------------------------------------------------------------- parameters
@@ -298,3 +324,163 @@ def training_seconds(config: TransformerConfig, num_tokens: float | int, peak: f
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu={mfu} must be in (0, 1]: it is the share of the device's peak")
     return num_tokens * flops_per_token(config) / (mfu * peak)
+
+
+# --------------------------------------------------------------------------------------------------------- the page
+
+
+def account(
+    config: TransformerConfig,
+    batch_size: int = 1,
+    precision: Precision = "32-true",
+    device: str = "H100",
+    dtype: Dtype = "tf32",
+    memory_gb: float | int = 80,
+    mfu: float | int = 0.5,
+    num_tokens: float | int | None = None,
+) -> dict[str, Any]:
+    """All figures of one model, as plain values; arguments as of `run`."""
+    forward = forward_flops(config, batch_size)
+    peak = peak_flops(device, dtype)
+    seconds = training_seconds(config, num_tokens, peak, mfu) if num_tokens and peak else None
+    return {
+        "config": asdict(config),
+        "batch_size": batch_size,
+        "precision": precision,
+        "parameters": parameters(config),
+        "num_parameters": num_parameters(config),
+        "matrix_products": [
+            {**asdict(product), "flops": product.flops, "share": product.flops / forward}
+            for product in matrix_products(config, batch_size)
+        ],
+        "forward_flops": forward,
+        "forward_backward_flops": 3 * forward,
+        "flops_per_token": flops_per_token(config),
+        "adamw_flops": adamw_flops(config),
+        "memory": [asdict(part) for part in training_memory(config, batch_size, precision=precision)],
+        "memory_bytes": training_memory_bytes(config, batch_size, precision=precision),
+        "memory_gb": memory_gb,
+        "largest_batch": largest_batch(config, memory_gb * 1e9, precision=precision),
+        "device": device,
+        "dtype": dtype,
+        "peak_flops": peak,
+        "mfu": mfu,
+        "num_tokens": num_tokens,
+        "days": None if seconds is None else seconds / 86_400,
+    }
+
+
+def run(
+    model: str = "gpt2-xl",
+    rules: Rules = "2026",
+    context_length: int | None = None,
+    batch_size: int = 1,
+    precision: Precision = "32-true",
+    activation_checkpointing: bool = False,
+    memory_gb: float = 80,
+    device: str = "H100",
+    dtype: Dtype | None = None,
+    mfu: float = 0.5,
+    num_tokens: float | None = None,
+    json: bool = False,
+) -> None:
+    """Parameters, FLOPs, memory and training time of a model, without building it.
+
+    Args:
+        model: gpt2-small, gpt2-medium, gpt2-large, gpt2-xl, tinystories, owt, or a run's YAML file; gpt2 compares all
+            four sizes.
+        rules: the handout's GPT-2 sizes of 2025 (d_ff = 4 d_model) or 2026 (8/3 d_model).
+        context_length: instead of the model's own.
+        batch_size: sequences per step, for FLOPs and memory.
+        precision: how it is trained.
+        activation_checkpointing: keep only the blocks' inputs for the backward pass.
+        memory_gb: the device's memory, 10^9 bytes, for the largest batch.
+        device: for the time, for example H100, A100, "RTX 4090".
+        dtype: of the matrix products; default, float32 in 2025 and TF32 in 2026, or bfloat16 by precision.
+        mfu: share of the device's peak that is reached.
+        num_tokens: of the whole training; default, 400,000 batches of 1024 for GPT-2, 327,680,000 for the others.
+        json: figures for a program instead of tables.
+    """
+    if dtype is None:
+        dtype = "bfloat16" if precision != "32-true" else "float32" if rules == "2025" else "tf32"
+    names = list(_GPT2) if model == "gpt2" else [model]
+    pages = {}
+    for name in names:
+        config = config_from_yaml(Path(name)) if name.endswith((".yaml", ".yml")) else named_config(name, rules)
+        config = dataclasses.replace(
+            config,
+            context_length=context_length or config.context_length,
+            activation_checkpointing=activation_checkpointing or config.activation_checkpointing,
+        )
+        tokens = num_tokens or (400_000 * 1024 * config.context_length if name in _GPT2 else 327_680_000)
+        pages[name] = account(config, batch_size, precision, device, dtype, memory_gb, mfu, tokens)
+    if json:
+        print(json_format.dumps(pages, indent=1))
+    elif len(pages) > 1:
+        _print_comparison(pages)
+    else:
+        _print_page(*pages.popitem())
+
+
+def _print_page(name: str, page: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    config = page["config"]
+    console.print(
+        f"[bold]{name}[/bold]: {config['num_layers']} layers, d_model {config['d_model']}, d_ff {config['d_ff']}, "
+        f"{config['num_heads']} heads, vocabulary {config['vocab_size']:,}, context {config['context_length']:,}"
+    )
+    total = f"{page['num_parameters']:,}"
+    parts = [(part, f"{n:,}", f"{n / page['num_parameters']:.1%}") for part, n in page["parameters"].items()]
+    console.print(_table("Parameters", ["part", "number", "share"], [*parts, ("total", total, "")]))
+
+    products = [
+        (p["name"], p["shapes"], f"{p['count']:,}", f"{p['flops']:.4g}", f"{p['share']:.1%}")
+        for p in page["matrix_products"]
+    ]
+    products.append(("forward", "", "", f"{page['forward_flops']:.4g}", ""))
+    title = f"FLOPs of the matrix products, {page['batch_size']} x {config['context_length']:,} tokens"
+    console.print(_table(title, ["product", "shapes", "number", "FLOPs", "share"], products))
+    console.print(
+        f"forward and backward {page['forward_backward_flops']:.4g}, {page['flops_per_token']:.4g} per token; "
+        f"one AdamW update {page['adamw_flops']:.4g} (14 per parameter)\n"
+    )
+
+    memory = [(m["name"], m["elements"], f"{m['num_bytes'] / 1e9:,.3f}") for m in page["memory"]]
+    memory.append(("peak", "", f"{page['memory_bytes'] / 1e9:,.3f}"))
+    title = f"Memory of a training step, {page['precision']}, batch size {page['batch_size']}"
+    console.print(_table(title, ["part", "elements", "GB"], memory))
+    console.print(f"largest batch in {page['memory_gb']:g} GB: {page['largest_batch']:,} sequences\n")
+
+    if page["days"] is None:
+        console.print(f"time: the peak of {page['device']} in {page['dtype']} is not known")
+    else:
+        console.print(
+            f"time: {page['num_tokens']:.4g} tokens on one {page['device']} at {page['mfu']:.0%} of "
+            f"{page['peak_flops'] / 1e12:,.1f} TFLOP/s ({page['dtype']}): {page['days']:,.2f} days "
+            f"({page['days'] * 24:,.1f} hours)"
+        )
+
+
+def _print_comparison(pages: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    rows = [("parameters", *(f"{page['num_parameters']:,}" for page in pages.values()))]
+    rows.append(("forward FLOPs", *(f"{page['forward_flops']:.4g}" for page in pages.values())))
+    products = [page["matrix_products"] for page in pages.values()]
+    rows += [(same[0]["name"], *(f"{p['share']:.1%}" for p in same)) for same in zip(*products, strict=True)]
+    rows.append(("days", *(f"{page['days']:,.1f}" if page["days"] else "-" for page in pages.values())))
+    Console(highlight=False).print(_table("Share of the FLOPs", ["", *pages], rows))
+
+
+def _table(title: str, columns: list[str], rows: Sequence[tuple[str, ...]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        numeric = i > 0 and column not in ("shapes", "elements")
+        table.add_column(column, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
