@@ -337,17 +337,29 @@ def _copy(text: Path, target: Path) -> None:
 
 
 def _place_to_cut(data: mmap.mmap) -> int | None:
-    """Where the last twentieth begins, moved to the nearest begin of a document, or else paragraph, or else line."""
+    """Where the first document in the last twentieth begins, or else the last one; or paragraph, or line."""
     wanted = len(data) - min(len(data) // HELD_OUT_SHARE, HELD_OUT_BYTES)
-    begin = re.match(rb"(\s|<\|endoftext\|>)*", data)
-    assert begin is not None
+    blank = re.match(rb"(\s|<\|endoftext\|>)*", data)
+    begin, end = blank.end() if blank else 0, _end_of_text(data)
     for separator in map(re.compile, (rb"<\|endoftext\|>\s*", rb"\n[ \t\r]*\n\s*", rb"\n\s*")):
         after = (found.end() for found in separator.finditer(data, wanted))
-        before = (found.end() for found in separator.finditer(data, begin.end(), wanted))
-        cut = next((end for end in after if end < len(data)), None) or max(before, default=None)
-        if cut is not None and begin.end() < cut < len(data):
+        before = (found.end() for found in separator.finditer(data, begin, wanted))
+        cut = next((cut for cut in after if cut < end), None) or max((cut for cut in before if cut < end), default=None)
+        if cut is not None:
             return cut
     return None
+
+
+def _end_of_text(data: mmap.mmap, block: int = 1 << 16) -> int:
+    """Where the white space and separators at the end of a text begin."""
+    end = len(data)
+    while end:
+        tail = data[max(end - block, 0) : end]
+        text = tail.rstrip().removesuffix(SPECIAL_TOKENS[0].encode())
+        if len(text) == len(tail):
+            break
+        end -= len(tail) - len(text)
+    return end
 
 
 def _train_tokenizer(stages: Stages, text: Path, vocab_size: int, progress: bool) -> None:
@@ -380,9 +392,19 @@ def _encode(stages: Stages, split: str, text: Path, progress: bool) -> None:
     written = (stages.notes.get(f"{split} text") or {}).get("result") or {}
     entropy = written.get("entropy_bits_per_byte")
     inputs = {"text_sha256": stages.sha256(text), "tokenizer_sha256": stages.notes["tokenizer"]["result"]}
-    if not meta_path.exists():
+    if split not in _described_splits(meta_path):
         stages.forget(split)
     stages.run(split, f"encoding {text}", inputs, [f"{split}.npy"], work)
+
+
+def _described_splits(meta_path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(meta_path.read_bytes())["splits"])
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError):
+        meta_path.unlink()  # damaged: the token files are encoded anew, and described anew
+        return {}
 
 
 def _text_file(name: str, path: str | os.PathLike[str]) -> Path:
@@ -409,4 +431,6 @@ def _alone(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"prepare: waiting for another process that prepares {directory}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        for stray in directory.rglob(".*.[0-9]*.part"):  # of a process that was killed in `atomic_write`
+            stray.unlink()
         yield

@@ -1,0 +1,309 @@
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lm import grammar
+from lm import prepare as module
+from lm.prepare import dataset_name, default_vocab_size, hold_out, prepare, run
+from tokenizer.bpe import Tokenizer
+
+END = "<|endoftext|>"
+STORIES = [f"Tale {i}: the fox number {i} met {i * 7 % 13} hens.\nThey had tea and {i} cakes." for i in range(200)]
+TEXT = "".join(f"{story}\n{END}\n" for story in STORIES)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder for datasets, and a small built-in corpus."""
+    monkeypatch.setattr(module, "BUILTIN_BYTES", {"train": 30_000, "valid": 5_000})
+    return tmp_path / "data"
+
+
+def own_text(folder, text=TEXT, name="tales.txt"):
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "wb") as file:
+        file.write(text.encode())
+    return path
+
+
+def lines(capsys):
+    return [line.removeprefix("prepare: ") for line in capsys.readouterr().err.splitlines() if "prepare: " in line]
+
+
+def contents(directory):
+    """Hashes of all files but the notes."""
+    files = [
+        path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in ("stages.json", ".lock")
+    ]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def decoded(directory, split):
+    return Tokenizer.from_directory(directory / "tokenizer").decode(np.load(directory / f"{split}.npy").tolist())
+
+
+def test_builtin_corpus_from_nothing(data, capsys):
+    directory = prepare("builtin", data_dir=data, vocab_size=300)
+    assert directory == data / "builtin"
+    assert [line.split()[0] for line in lines(capsys)] == ["writing", "writing", "training", "encoding", "encoding"]
+    meta = json.loads((directory / "meta.json").read_bytes())
+    assert meta["vocab_size"] == 300
+    assert meta["format"] == 1
+    for split in ("train", "valid"):
+        text = (directory / f"{split}.txt").read_text()
+        assert decoded(directory, split) == text
+        record = meta["splits"][split]
+        documents = text.split(grammar.SEPARATOR)[:-1]
+        assert record["num_documents"] == len(documents)
+        assert record["num_bytes"] == len(text.encode())
+        assert record["text_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    bits = -sum(map(grammar.log_probability, documents)) / np.log(2)
+    assert meta["splits"]["valid"]["entropy_bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-12)
+
+
+def test_prepared_again_nothing_is_done_and_nothing_said(data, capsys):
+    directory = prepare("builtin", data_dir=data, vocab_size=300)
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock"}
+    capsys.readouterr()
+    prepare("builtin", data_dir=data, vocab_size=300)
+    assert lines(capsys) == []
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock"} == before
+
+
+def test_what_changed_is_redone_with_what_depends_on_it(data, capsys, monkeypatch):
+    directory = prepare("builtin", data_dir=data, vocab_size=300)
+    capsys.readouterr()
+    prepare("builtin", data_dir=data, vocab_size=310)
+    assert [line.split()[0] for line in lines(capsys)] == ["training", "encoding", "encoding"]
+    assert json.loads((directory / "meta.json").read_bytes())["vocab_size"] == 310
+    (directory / "valid.npy").unlink()
+    prepare("builtin", data_dir=data, vocab_size=310)
+    assert lines(capsys) == [f"encoding {directory / 'valid.txt'}"]
+    (directory / "train.txt").write_text("cut off")
+    prepare("builtin", data_dir=data, vocab_size=310)
+    assert [line.split()[0] for line in lines(capsys)] == ["writing"]
+    (directory / "meta.json").unlink()
+    prepare("builtin", data_dir=data, vocab_size=310)
+    assert [line.split()[0] for line in lines(capsys)] == ["encoding", "encoding"]
+    (directory / "meta.json").write_text("{ damaged")
+    prepare("builtin", data_dir=data, vocab_size=310)
+    assert [line.split()[0] for line in lines(capsys)] == ["encoding", "encoding"]
+    (directory / "stages.json").write_text("{ damaged")
+    fresh = contents(directory)
+    prepare("builtin", data_dir=data, vocab_size=310)
+    assert len(lines(capsys)) == 5
+    assert contents(directory) == fresh
+
+
+@pytest.mark.parametrize("name", ["tales.txt", "tales.txt.gz", "tales.txt.xz"])
+def test_own_text_with_its_end_held_out(data, tmp_path, name, capsys):
+    directory = prepare(train_text=own_text(tmp_path / "mine", name=name), data_dir=data, vocab_size=300)
+    assert directory == data / "tales"
+    train, valid = decoded(directory, "train"), decoded(directory, "valid")
+    assert train + valid == TEXT
+    assert train.endswith(END + "\n") and valid.startswith("Tale ")
+    assert 0.03 < len(valid) / len(TEXT) < 0.07
+    assert f"no valid_text, so the end of {tmp_path / 'mine' / name} is held out" in lines(capsys)
+    assert "entropy_bits_per_byte" not in json.loads((directory / "meta.json").read_bytes())["splits"]["valid"]
+
+
+def test_own_text_with_its_own_validation_text_is_used_where_it_lies(data, tmp_path):
+    train, valid = own_text(tmp_path / "mine"), own_text(tmp_path / "mine", "A tale.\n", "other.txt.gz")
+    directory = prepare(train_text=train, valid_text=valid, data_dir=data, vocab_size=300)
+    assert decoded(directory, "train") == TEXT
+    assert decoded(directory, "valid") == "A tale.\n"
+    assert not (directory / "train.txt").exists()
+
+
+def test_a_changed_text_is_noticed_but_not_a_new_date(data, tmp_path, capsys):
+    text = own_text(tmp_path / "mine")
+    directory = prepare(train_text=text, data_dir=data, vocab_size=300)
+    os.utime(text, (1, 1))
+    capsys.readouterr()
+    prepare(train_text=text, data_dir=data, vocab_size=300)
+    assert lines(capsys) == []
+    text.write_text(TEXT.replace("fox", "cat"))  # the same size
+    prepare(train_text=text, data_dir=data, vocab_size=300)
+    assert decoded(directory, "train").startswith("Tale 0: the cat")
+    assert len(lines(capsys)) == 4
+
+
+def test_texts_of_one_name_do_not_overwrite_each_other(data, tmp_path):
+    first, second = own_text(tmp_path / "a"), own_text(tmp_path / "b", TEXT * 2)
+    prepare(train_text=first, data_dir=data, vocab_size=300)
+    with pytest.raises(ValueError, match=r"holds the dataset of .*a/tales.txt: rename"):
+        prepare(train_text=second, data_dir=data, vocab_size=300)
+    first.unlink()
+    directory = prepare(train_text=second, data_dir=data, vocab_size=300)
+    assert decoded(directory, "train") + decoded(directory, "valid") == TEXT * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ("one\n<|endoftext|>\ntwo\n<|endoftext|>\n", "two\n<|endoftext|>\n"),
+        ("one<|endoftext|>two", "two"),
+        ("one\n<|endoftext|>\n" * 100, "one\n<|endoftext|>\n" * 4),
+        ("a line\nof one\n\nthen two\nof it\n", "then two\nof it\n"),
+        ("a line\r\nof one\r\n\r\nthen two\r\nof it\r\n", "then two\r\nof it\r\n"),
+        ("word\n" * 100, "word\n" * 4),
+        ("\n\none\n\n\n  \n\ntwo\n<|endoftext|>\n", "two\n<|endoftext|>\n"),
+        ("one line", None),
+        ("one line\n<|endoftext|>\n", None),
+        ("\n\n \n", None),
+    ],
+)
+def test_where_the_held_out_part_begins(tmp_path, text, valid):
+    source, train = own_text(tmp_path, text), tmp_path / "train.txt"
+    if valid is None:
+        with pytest.raises(ValueError, match="too short to hold a part out: give a valid_text"):
+            hold_out(source, train, tmp_path / "valid.txt")
+    else:
+        hold_out(source, train, tmp_path / "valid.txt")
+        assert (tmp_path / "valid.txt").read_bytes().decode() == valid
+        assert train.read_bytes() + (tmp_path / "valid.txt").read_bytes() == text.encode()
+    assert not (tmp_path / ".text.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"corpus": "tinystory"}, ValueError, "corpus='tinystory' must be one of builtin, tinystories, owt"),
+        ({}, ValueError, "give either a corpus or a text file"),
+        ({"corpus": "owt", "train_text": "full.txt"}, ValueError, "give either a corpus or a text file"),
+        ({"train_text": "nothing.txt"}, FileNotFoundError, "train_text=nothing.txt: no such file"),
+        ({"train_text": "full.txt", "valid_text": "none.txt"}, FileNotFoundError, "valid_text=none.txt: no such file"),
+        ({"train_text": "empty.txt"}, ValueError, "train_text=empty.txt is empty"),
+        ({"train_text": "."}, ValueError, "is a directory"),
+        ({"train_text": "builtin.txt"}, ValueError, "rename the file"),
+        ({"train_text": "cut.txt.gz"}, ValueError, "cut.txt.gz is no whole .gz file"),
+        ({"train_text": "cut.txt.xz"}, ValueError, "cut.txt.xz is no whole .xz file"),
+        ({"train_text": "latin.txt"}, ValueError, "not UTF-8 at byte"),
+        ({"train_text": "full.txt", "vocab_size": 256}, ValueError, "vocab_size=256 must be at least 257"),
+    ],
+)
+def test_bad_input_is_one_clear_line(data, tmp_path, monkeypatch, arguments, error, message):
+    monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "full.txt": TEXT.encode(),
+        "builtin.txt": TEXT.encode(),
+        "empty.txt": b"",
+        "latin.txt": "Käse\n\nKäse\n\n".encode("latin-1") * 9,
+        "cut.txt.gz": gzip.compress(TEXT.encode())[:-9],
+        "cut.txt.xz": lzma.compress(TEXT.encode())[:-9],
+    }.items():
+        Path(name).write_bytes(content)
+    with pytest.raises(error, match=message) as caught:
+        prepare(**{"data_dir": data, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_no_room_for_a_copy(data, tmp_path, monkeypatch):
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OSError, match="bytes to copy, 1,000 free"):
+        prepare(train_text=own_text(tmp_path / "mine"), data_dir=data, vocab_size=300)
+
+
+def test_a_text_that_the_dataset_would_overwrite_is_refused(tmp_path):
+    text = own_text(tmp_path / "train", name="train.txt")
+    with pytest.raises(ValueError, match="would be overwritten"):
+        prepare(train_text=text, data_dir=tmp_path)
+    assert text.read_text() == TEXT
+
+
+@pytest.mark.parametrize("corpus", ["tinystories", "owt"])
+def test_downloaded_corpora(data, monkeypatch, corpus):
+    texts = {"train": TEXT, "valid": TEXT[-1000:]}
+    fetched = []
+
+    def fake_download(url, path, *, num_bytes, sha256, progress):
+        fetched.append((url, num_bytes, sha256))
+        split = "train" if "train" in url else "valid"
+        path.write_bytes(gzip.compress(texts[split].encode()) if url.endswith(".gz") else texts[split].encode())
+
+    sources = {
+        split: module.Source(source.url, source.num_bytes, source.sha256, *(
+            (len(texts[split]), hashlib.sha256(texts[split].encode()).hexdigest()) if source.text_bytes else ()
+        ))
+        for split, source in module.SOURCES[corpus].items()
+    }  # fmt: skip
+    monkeypatch.setitem(module.SOURCES, corpus, sources)
+    monkeypatch.setattr(module, "download", fake_download)
+    directory = prepare(corpus, data_dir=data, vocab_size=300)
+    assert [url for url, _, _ in fetched] == [source.url for source in sources.values()]
+    assert {split: decoded(directory, split) for split in texts} == texts
+    assert not list(directory.glob("*.gz"))
+    prepare(corpus, data_dir=data, vocab_size=300)
+    assert len(fetched) == 2
+
+
+def test_sources_are_whole():
+    for source in (source for splits in module.SOURCES.values() for source in splits.values()):
+        assert source.url.startswith("https://huggingface.co/datasets/")
+        assert len(source.sha256) == 64 and int(source.sha256, 16)
+        assert source.url.endswith(".gz") == (source.text_sha256 is not None) == (source.text_bytes is not None)
+        assert source.text_sha256 is None or len(source.text_sha256) == 64
+
+
+def test_vocabulary_sizes(tmp_path):
+    assert [default_vocab_size(corpus) for corpus in module.CORPORA] == list(module.VOCAB_SIZES.values())
+    assert default_vocab_size(None, own_text(tmp_path)) == 1024
+    with open(tmp_path / "big.txt", "wb") as file:
+        file.truncate(3_000_000_000)
+    assert default_vocab_size(None, tmp_path / "big.txt") == 32_000
+
+
+@pytest.mark.parametrize(("path", "name"), [("a/b.txt", "b"), ("b.txt.gz", "b"), ("b.c.txt.xz", "b.c"), ("b", "b")])
+def test_dataset_names(path, name):
+    assert dataset_name(path) == name
+
+
+def test_command_reports_what_is_there(data, capsys):
+    run("builtin", data_dir=data, vocab_size=300)
+    out = capsys.readouterr().out
+    assert "train.npy: 30," in out and "no model can do better than 0.0" in out
+
+
+CHILD = """
+import sys
+from lm import prepare
+prepare.BUILTIN_BYTES = {"train": 30_000, "valid": 5_000}
+prepare.prepare("builtin", data_dir=sys.argv[1], vocab_size=300)
+"""
+
+
+def start_child(data):
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(data)], stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_prepare_one_dataset(data, tmp_path):
+    children = [start_child(data) for _ in range(2)]
+    said = [child.communicate(timeout=60)[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], said
+    assert sorted(text.count("prepare: encoding") for text in said) == [0, 2]
+    alone = prepare("builtin", data_dir=tmp_path / "alone", vocab_size=300)
+    assert contents(data / "builtin") == contents(alone)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_to_the_same_result(data, tmp_path):
+    expected = contents(prepare("builtin", data_dir=tmp_path / "alone", vocab_size=300))
+    for delay in np.linspace(0.1, 1.5, 15):
+        child = start_child(data)
+        time.sleep(delay)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    assert contents(prepare("builtin", data_dir=data, vocab_size=300)) == expected
