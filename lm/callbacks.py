@@ -103,7 +103,7 @@ class MetricsLog(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The row of a validation."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if not trainer.sanity_checking:
             self.write(trainer, pl_module.validation_result)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:

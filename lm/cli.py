@@ -5,6 +5,7 @@ each `--config` in order, then the command line. What is wrong with them is said
 touched.
 """
 
+import contextlib
 import difflib
 import logging
 import os
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -210,8 +212,8 @@ class CLI(LightningCLI):
         """Find the newest good checkpoint of the newest run of this name that has one."""
         place = Path(config.run.logs) / config.run.name
         versions = sorted(place.glob("version_*/checkpoints"), key=lambda path: int(path.parent.name.split("_")[1]))
+        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
         for folder in reversed(versions):
-            first = int(os.environ.get("LOCAL_RANK", "0")) == 0
             lock = lock_run(folder.parent) if first else None
             try:
                 config.ckpt_path = str(newest_checkpoint(folder.parent, set_aside=first))
@@ -220,11 +222,13 @@ class CLI(LightningCLI):
                     lock.close()
                 continue
             self.resumed, self.lock = folder.parent, lock
-            print(f"resuming {config.ckpt_path}")
+            if first:
+                print(f"resuming {config.ckpt_path}")
             return
         if config.resume == "must":
             fail([f"--resume must: no run in {place} has a good checkpoint; --resume auto starts a new one"])
-        print(f"nothing to resume in {place}: starting a new run")
+        if first:
+            print(f"nothing to resume in {place}: starting a new run")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with our callbacks, logger, checkpoint files and process groups."""
@@ -247,7 +251,9 @@ class CLI(LightningCLI):
         if isinstance(trainer.strategy, str):
             kwargs["strategy"] = make_strategy(trainer, timedelta(minutes=run.timeout_minutes))
         kwargs["plugins"] = [*(trainer.plugins or []), AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        built = super().instantiate_trainer(**kwargs)
+        self.signals.launcher = built.strategy.launcher
+        return built
 
     def fit(self, **kwargs: Any) -> None:
         """Train; then make up for a last validation that a signal had cut off."""
@@ -338,6 +344,8 @@ def find_problems(config: Namespace, subcommand: str) -> list[str]:
             f"data.val_context_length={data.val_context_length} is longer than data.context_length="
             f"{data.context_length}: the model has positions for that many tokens"
         )
+    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+        problems.append(f"ckpt_path: there is no file {config.ckpt_path}")
     return problems + device_problems(trainer)
 
 
@@ -370,25 +378,37 @@ def device_problems(trainer: Namespace) -> list[str]:
         problems.append(f"trainer.accelerator={trainer.accelerator}: this machine has none; use cpu or auto")
     if trainer.accelerator == "mps" and not torch.backends.mps.is_available():
         problems.append("trainer.accelerator=mps: this machine has none; use cpu or auto")
-    if on_cuda and isinstance(trainer.devices, int) and trainer.devices > torch.cuda.device_count() > 0:
+    if on_cuda and num_devices(trainer.devices) > torch.cuda.device_count() > 0:
         problems.append(f"trainer.devices={trainer.devices}: this machine has {torch.cuda.device_count()}")
     if str(trainer.precision).startswith(("16", "transformer-engine")) and not on_cuda:
         problems.append(f"trainer.precision={trainer.precision} needs a GPU: use 32-true or bf16-mixed")
     return problems
 
 
+def num_devices(devices: Any) -> int:
+    """How many devices `trainer.devices` asks for: a number, a list, or all that there are.
+
+    >>> num_devices("2"), num_devices([0, 3]), num_devices("0,1,2")
+    (2, 2, 3)
+    """
+    if isinstance(devices, list):
+        return len(devices)
+    words = str(devices).split(",")
+    if len(words) > 1:
+        return len([word for word in words if word.strip()])
+    number = -1 if words[0] == "auto" else int(words[0])
+    return number if number >= 0 else max(1, torch.cuda.device_count())
+
+
 def make_strategy(trainer: Namespace, timeout: timedelta) -> Any:
     """`ddp` and `fsdp2` with our timeout; several devices are ddp unless said otherwise."""
-    devices = trainer.devices
-    if not isinstance(devices, int) or devices < 1:
-        devices = torch.cuda.device_count() if devices in ("auto", "-1", -1) else len(str(devices).split(","))
-    world_size = max(1, devices) * trainer.num_nodes
+    world_size = num_devices(trainer.devices) * trainer.num_nodes
     if trainer.strategy == "fsdp2":
         return ModelParallelStrategy(
             data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout
         )
     if trainer.strategy == "ddp" or (trainer.strategy == "auto" and world_size > 1):
-        return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True)
+        return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True, broadcast_buffers=False)
     return trainer.strategy
 
 
@@ -425,6 +445,7 @@ def silence_libraries() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 on torch 2.13
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # reading windows needs none
+    warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated.*")  # its successor is new in torch 2.13
 
 
 def main(argv: list[str], started: float) -> int:
@@ -458,11 +479,29 @@ def main(argv: list[str], started: float) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if signals.deferred else 2
+    except RuntimeError as error:
+        culprit = find_culprit(signals.children, error)
+        if culprit is None:
+            raise
+        print(f"error: {culprit}", file=sys.stderr)
+        return 1
     finally:
         signals.restore()
         for rank in signals.children:
             end_child(rank)
     return 0
+
+
+def find_culprit(children: Sequence["subprocess.Popen[bytes]"], error: Exception) -> str | None:
+    """Which other rank broke off a collective operation of this one; None if none of them did."""
+    for rank, child in enumerate(children, start=1):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(5)
+        if child.returncode:
+            return f"rank {rank} ended with exit code {child.returncode}; what it said stands above"
+    if children and "imed out" in str(error):
+        return f"a rank did not answer within run.timeout_minutes: {error}"
+    return None
 
 
 def end_with(parent: int) -> None:

@@ -3,11 +3,12 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -91,8 +92,13 @@ class Signals:
     def __init__(self) -> None:
         self.received = 0
         self.deferred = False
-        self.children: Sequence[subprocess.Popen[bytes]] = ()  # the other ranks, if this process started them
+        self.launcher: Any = None  # Lightning's, with the other ranks if this process started them
         self._before: dict[int, Any] = {}
+
+    @property
+    def children(self) -> Sequence["subprocess.Popen[bytes]"]:
+        """The other ranks, if this process started them."""
+        return getattr(self.launcher, "procs", ())
 
     def install(self) -> None:
         """Take the signals over, again if some library took them since; ignored ones (nohup) stay ignored."""
@@ -174,7 +180,6 @@ class RunControl(Checkpoint):
         self.config = config
         self.clock = Clock(time.monotonic() if started is None else started)
         self.signals = signals or Signals()
-        self.status = "running"
         self.validation_pending = False
         self.validation_seconds = 0.0
         self.save_seconds = 0.0
@@ -199,7 +204,7 @@ class RunControl(Checkpoint):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Signals are ours from here on."""
-        self._take_signals(trainer)
+        self._take_signals()
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reckon from the few batches tried how long a whole validation takes."""
@@ -208,7 +213,7 @@ class RunControl(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the signals, go on with the random numbers; with a time limit, measure what saving takes."""
-        self._take_signals(trainer)
+        self._take_signals()
         # Lightning broadcasts a flag for SIGTERM and waits for it at every step; ours travels with the clock.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if self._restored_rng is not None:
@@ -219,16 +224,13 @@ class RunControl(Checkpoint):
                 self.save(trainer)
             trainer.should_stop = self._time_is_up(trainer.global_step)
 
-    def _take_signals(self, trainer: Trainer) -> None:
-        self.signals.children = getattr(trainer.strategy.launcher, "procs", ())
+    def _take_signals(self) -> None:
         self.signals.install()
         self.signals.deferred = True
 
     # ----------------------------------------------------------------------------------------------------- steps
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After an update: agree with the other ranks, save, end."""
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
@@ -246,8 +248,17 @@ class RunControl(Checkpoint):
         if saving or ending or self._agreed_signal:
             self.save(trainer)
         if self._agreed_signal:
-            raise Stopped.by_signal(self._agreed_signal)
+            self._leave(trainer, self._agreed_signal)
         trainer.should_stop = trainer.should_stop or ending
+
+    def _leave(self, trainer: Trainer, signum: int) -> NoReturn:
+        """End the run on a signal; the checkpoint has been written. SIGUSR1 puts a SLURM job back into the queue."""
+        if signum == signal.SIGUSR1 and trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
+            requeue_job()
+        stop = Stopped.by_signal(signum)
+        if self.saved is not None:
+            stop.args = (f"{stop}; {self.saved} is written: the same command with --resume auto goes on from there",)
+        raise stop
 
     def _sync_every(self, trainer: Trainer) -> int:
         alone = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
@@ -304,7 +315,7 @@ class RunControl(Checkpoint):
             return
         (signum,) = max_over_ranks(trainer, [float(self.signals.received)])
         if signum:
-            raise Stopped.by_signal(int(signum))
+            self._leave(trainer, int(signum))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Note the loss, and whether it is the best so far."""
@@ -355,37 +366,56 @@ class RunControl(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random number generators; write Lightning's counters as they are between two updates."""
         checkpoint["rng"] = rng_state()
-        settle_loops(checkpoint["loops"]["fit_loop"], self.validation_pending)
+        due = trainer.global_step % self.config.validate_every_n_steps == 0
+        settle_loops(checkpoint["loops"]["fit_loop"], due, self.validation_pending)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the random number generators' states until training begins: the set-up draws from them."""
         self._restored_rng = checkpoint.get("rng")
+        path = Path(str(trainer.ckpt_path))
+        if path.resolve().parent == (self.directory / "checkpoints").resolve():
+            self.saved = self.directory / "checkpoints" / path.name  # what a validation still due is noted beside
 
     # -------------------------------------------------------------------------------------------------------- end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing is left to be saved: signals end the process at once again."""
-        self.status = "finished"
         self.signals.deferred = False
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Note how the run ended."""
-        self.status = exception.status if isinstance(exception, Stopped) else "failed"
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Give the folder back: after an exception Lightning calls no `teardown`."""
+        self.teardown(trainer, pl_module, "fit")
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give signals and folder back."""
-        self.signals.restore()
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Give the folder back."""
         if self.lock is not None:
             self.lock.close()
             self.lock = None
 
 
-def settle_loops(fit_loop: dict[str, Any], validation_pending: bool) -> None:
+def requeue_job() -> None:
+    """Ask SLURM to start this job again: with `--resume auto` it goes on from its last checkpoint."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"could not requeue job {job}: {error}", file=sys.stderr)
+
+
+def settle_loops(fit_loop: dict[str, Any], validation_due: bool, validation_pending: bool) -> None:
     """Make the counters of Lightning's loops say: this update is complete, and its validation done or to be done.
 
     Saved within `on_train_batch_end` they say that the last batch is not complete, and a resumed run skips the
     validation that was due at this step.
+
+    Args:
+        fit_loop: the state of the loops, changed in place.
+        validation_due: the loop validates after this step; resumed, it passes there again and counts the step then.
+        validation_pending: it has not done so yet.
     """
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += not validation_due
     batches = fit_loop["epoch_loop.batch_progress"]
     validation = fit_loop["epoch_loop.val_loop.batch_progress"]
     for part in ("total", "current"):

@@ -4,7 +4,7 @@ The loops, devices and precisions are Lightning's; every formula is this project
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,13 +12,14 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from lm.functional import cross_entropy
 from lm.model import TransformerConfig, TransformerLM
 from lm.optim import AdamW, clip_gradients, cosine_schedule, trapezoid_schedule
 
-Batch = tuple[Tensor, Tensor]
+Batch = Sequence[Any]  # inputs, targets, and in validation how many of the targets count
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ class ScheduleConfig:
         """The learning rate of update `step`, counted from 1, of a run of `num_steps`: the last one has the minimum."""
         min_lr = self.min_lr_ratio * max_lr
         if self.shape == "cosine":
-            return cosine_schedule(step, max_lr, min_lr, self.warmup_steps, num_steps)
-        return trapezoid_schedule(step, max_lr, min_lr, self.warmup_steps, self.decay_ratio * num_steps, num_steps)
+            return cosine_schedule(float(step), max_lr, min_lr, float(self.warmup_steps), num_steps)
+        decay_steps = self.decay_ratio * num_steps
+        return trapezoid_schedule(float(step), max_lr, min_lr, float(self.warmup_steps), decay_steps, num_steps)
 
 
 class LearningRate:
@@ -242,7 +244,8 @@ class LanguageModel(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the norm of all gradients together; keep it, on the device, for the log and the check for NaN."""
-        self.grad_norm = clip_gradients(self.model.parameters(), gradient_clip_val or math.inf)
+        norm = clip_gradients(self.model.parameters(), gradient_clip_val or math.inf)
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.nonfinite |= ~torch.isfinite(self.grad_norm + self.step_loss)
 
     def configure_optimizers(self) -> Any:
@@ -257,7 +260,7 @@ class LanguageModel(LightningModule):
 
     def learning_rate(self, step: int) -> float:
         """The rate of update `step`, counted from 1. By the clock, the run's length is estimated anew at each step."""
-        num_steps: float = self.trainer.max_steps if self.trainer.max_steps > 0 else math.inf
+        num_steps = float(self.trainer.max_steps) if self.trainer.max_steps > 0 else math.inf
         if self.schedule.follow == "clock" and self.clock_progress:
             num_steps = min(num_steps, step / self.clock_progress)
         return self.schedule.rate(step, num_steps, self.optimizer_config.lr)
@@ -269,7 +272,7 @@ class LanguageModel(LightningModule):
         device = torch.device("cpu") if self.device.type == "mps" else self.device  # MPS has no float64
         self.validation_loss = TokenLoss().to(device)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, int], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch of which the first `num_targets` targets count; the rest fills it up to its shape."""
         inputs, targets, num_targets = batch
         if num_targets == targets.numel():
