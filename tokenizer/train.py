@@ -151,18 +151,15 @@ def train_from_counts(counts: PretokenCounts, num_merges: int, *, progress: bool
     """The merges learned from counts of pre-tokens: what `train_bpe` does after counting."""
     from tokenizer.kernels import merge
 
-    state = new_state(counts, num_merges)
+    state = indexed(new_state(counts, num_merges))
     with progress_bar("merging", num_merges, "merges", progress) as show:
-        situation = merge.NEEDS_LOWER_CUTOFF
-        while situation != merge.DONE:
+        while (situation := merge.learn_merges(state, 5_000_000)) != merge.DONE:
             if situation == merge.NEEDS_ROOM:
                 state = with_more_room(state)
             elif situation == merge.NEEDS_LOWER_CUTOFF:
-                state.numbers[merge.CUTOFF] = max(1, state.numbers[merge.CUTOFF] // 8)
-                while merge.index_pairs(state) == merge.NEEDS_ROOM:
-                    state = with_more_room(state)
+                state.numbers[merge.CUTOFF] = max(1, state.numbers[merge.CUTOFF] // 4)
+                state = indexed(state)
             show(int(state.numbers[merge.NUM_MERGES]))
-            situation = merge.learn_merges(state, 5_000_000)
     text, offsets = state.tokens.text.tobytes(), state.tokens.offsets.tolist()
     pairs = state.merges[: state.numbers[merge.NUM_MERGES]].tolist()
     tokens = [text[begin:end] for begin, end in itertools.pairwise(offsets[: 256 + len(pairs) + 1])]
@@ -203,7 +200,7 @@ def new_state(counts: PretokenCounts, num_merges: int) -> "State":
         tokens=merge.Tokens(text, offsets),
         pairs=new_pairs(1 << 17),
         queue=merge.Queue(*np.empty((2, 1 << 17), np.int64)),
-        places=np.empty(1 << 16, np.uint32),
+        places=np.empty(2 * num_bytes + 1, np.uint32),  # memory that is not written to costs nothing
         left=side(),
         right=side(),
         merges=np.empty((num_merges, 2), np.int32),
@@ -213,7 +210,16 @@ def new_state(counts: PretokenCounts, num_merges: int) -> "State":
 
 def first_cutoff(num_pretokens: int, num_merges: int) -> int:
     """A guess at a count that the last merge exceeds; too high costs a recount of pairs, too low memory and time."""
-    return 8 * max(1, num_pretokens // (400 * (num_merges + 1)))
+    return max(1, num_pretokens // (32 * (num_merges + 1)))
+
+
+def indexed(state: "State") -> "State":
+    """`state` with the pairs that reach its cutoff counted, listed and queued."""
+    from tokenizer.kernels import merge
+
+    while merge.index_pairs(state) == merge.NEEDS_ROOM:
+        state = with_more_room(state)
+    return state
 
 
 def new_pairs(capacity: int) -> "Pairs":
