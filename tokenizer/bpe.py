@@ -433,14 +433,18 @@ class BytesEncoder:
 
         self._kernels = kernels
         self._first_words, self._max_words = kernels.SLOT * first_slots, kernels.SLOT * max_slots
+        if tokenizer.vocab_size > kernels.MAX_IDS:
+            raise ValueError(f"vocab has id {tokenizer.vocab_size - 1}: the kernels take ids below {kernels.MAX_IDS}")
         ids = tokenizer._ids
-        products = [(ids[left], ids[right], ids[left + right]) for left, right in tokenizer.merges]
-        columns = np.array(products, np.uint32).reshape(-1, 3).T.copy()
+        merges = [(ids[left], ids[right], ids[left + right]) for left, right in tokenizer.merges]
+        lefts, rights, products = np.array(merges, np.uint32).reshape(-1, 3).T.copy()
         self._rules = kernels.Rules(
-            pairs=np.zeros((1 << max(10, (2 * len(products)).bit_length()), 2), np.uint64),
+            pairs=np.zeros(1 << max(10, (2 * len(merges)).bit_length()), np.uint64),
+            products=products,
             byte_ids=np.array([ids[bytes([byte])] for byte in range(256)], np.uint32),
+            byte_pairs=np.empty(1 << 16, np.uint32),
         )
-        kernels.fill_pairs(columns[0], columns[1], columns[2], self._rules.pairs)
+        kernels.fill_rules(lefts, rights, self._rules)
         self._work = self._empty_work(1024)
         self._classes = pretokenize.unicode_classes()
         self._specials = pretokenize.special_token_arrays(tokenizer.special_tokens)
@@ -466,7 +470,7 @@ class BytesEncoder:
             homes=np.empty(self._kernels.BATCH, np.uint64),
             needed=np.zeros(1, np.int64),
             ids=np.empty(longest, np.uint32),
-            merges=np.empty(longest, np.uint64),
+            ranks=np.empty(longest, np.uint32),
             after=np.empty(longest, np.int32),
             before=np.empty(longest, np.int32),
             heap=np.empty(2 * longest, np.uint64),

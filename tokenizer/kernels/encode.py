@@ -21,7 +21,11 @@ from tokenizer.kernels.scan import SpecialTokens, find_special_token, scan
 Word = np.uint64
 LOW_HALF = Word(0xFFFFFFFF)
 HALF = Word(32)
-NO_MERGE = Word(0xFFFFFFFFFFFFFFFF)  # greater than any rank
+NO_MERGE = np.uint32(0xFFFFFFFF)  # greater than any rank
+RANK_BITS = Word(22)  # of a word in `Rules.pairs`; the other 42 are for two ids
+RANK_MASK = (ONE << RANK_BITS) - ONE
+ID_BITS = Word(21)
+MAX_IDS = 1 << 21
 MULTIPLIER = Word(0x9E3779B97F4A7C15)  # odd, close to 2**64 / golden ratio (Fibonacci hashing)
 MIXER = Word(0xC2B2AE3D27D4EB4F)
 
@@ -41,8 +45,10 @@ HIGH_MASKS = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(INLINE_BYTES 
 class Rules(NamedTuple):
     """The merges of a vocabulary."""
 
-    pairs: NDArray[np.uint64]  # (power of two, 2) hash table: (left << 32 | right) + 1, rank << 32 | product
+    pairs: NDArray[np.uint64]  # hash table of a power of two words: left id, right id, rank + 1; 0 where free
+    products: NDArray[np.uint32]  # id that the merge of each rank makes
     byte_ids: NDArray[np.uint32]  # id of each byte
+    byte_pairs: NDArray[np.uint32]  # rank of the merge of each two bytes, first << 8 | second
 
 
 class Cache(NamedTuple):
@@ -61,67 +67,76 @@ class Work(NamedTuple):
     homes: NDArray[np.uint64]
     needed: NDArray[np.int64]  # longest pre-token met, in bytes
     ids: NDArray[np.uint32]
-    merges: NDArray[np.uint64]
+    ranks: NDArray[np.uint32]
     after: NDArray[np.int32]
     before: NDArray[np.int32]
     heap: NDArray[np.uint64]  # twice as long
 
 
 @kernel
-def fill_pairs(
-    lefts: NDArray[np.uint32], rights: NDArray[np.uint32], products: NDArray[np.uint32], pairs: NDArray[np.uint64]
-) -> None:
-    """Fill the empty `Rules.pairs` with the merges in the order of their ranks; of a repeated one the first counts."""
-    mask = Word(len(pairs) - 1)
+def home_of_pair(key: Word, pairs: NDArray[np.uint64]) -> Word:
+    """Where in `pairs` the search for two ids begins."""
+    return ((key * MULTIPLIER) >> HALF) & Word(len(pairs) - 1)
+
+
+@kernel
+def fill_rules(lefts: NDArray[np.uint32], rights: NDArray[np.uint32], rules: Rules) -> None:
+    """Fill the empty `pairs` and the `byte_pairs` of `rules`; of a repeated merge the first counts.
+
+    Args:
+        lefts: left id of the merge of each rank.
+        rights: right id of it.
+    """
+    pairs = rules.pairs
     for rank in range(len(lefts)):
-        key = ((Word(lefts[rank]) << HALF) | Word(rights[rank])) + ONE
-        i = ((key * MULTIPLIER) >> HALF) & mask
-        while pairs[i, 0] != NONE and pairs[i, 0] != key:
-            i = (i + ONE) & mask
-        if pairs[i, 0] == NONE:
-            pairs[i, 0] = key
-            pairs[i, 1] = (Word(rank) << HALF) | Word(products[rank])
+        key = (Word(lefts[rank]) << ID_BITS) | Word(rights[rank])
+        i = home_of_pair(key, pairs)
+        while pairs[i] != NONE and pairs[i] >> RANK_BITS != key:
+            i = (i + ONE) & Word(len(pairs) - 1)
+        if pairs[i] == NONE:
+            pairs[i] = (key << RANK_BITS) | Word(rank + 1)
+    for first in range(256):
+        for second in range(256):
+            rank_of_pair = find_merge(rules.byte_ids[first], rules.byte_ids[second], pairs)
+            rules.byte_pairs[first << 8 | second] = rank_of_pair
 
 
 @kernel
-def find_merge(left: int, right: int, pairs: NDArray[np.uint64]) -> Word:
-    """rank << 32 | product of the merge of two tokens, NO_MERGE if there is none."""
-    mask = Word(len(pairs) - 1)
-    key = ((Word(left) << HALF) | Word(right)) + ONE
-    i = ((key * MULTIPLIER) >> HALF) & mask
-    while True:
-        if pairs[i, 0] == key:
-            return pairs[i, 1]
-        if pairs[i, 0] == NONE:
-            return NO_MERGE
-        i = (i + ONE) & mask
+def find_merge(left: np.uint32, right: np.uint32, pairs: NDArray[np.uint64]) -> np.uint32:
+    """Rank of the merge of two ids, NO_MERGE if there is none."""
+    key = (Word(left) << ID_BITS) | Word(right)
+    i = home_of_pair(key, pairs)
+    while pairs[i] != NONE:
+        if pairs[i] >> RANK_BITS == key:
+            return np.uint32((pairs[i] & RANK_MASK) - ONE)
+        i = (i + ONE) & Word(len(pairs) - 1)
+    return NO_MERGE
 
 
 @kernel
-def merge_short(ids: NDArray[np.uint32], count: int, merges: NDArray[np.uint64], pairs: NDArray[np.uint64]) -> int:
+def merge_short(ids: NDArray[np.uint32], count: int, ranks: NDArray[np.uint32], rules: Rules) -> int:
     """Merge `ids[:count]` in place; the new count. Quadratic: for short pre-tokens, where it is the fastest.
 
     Args:
-        merges: room for count entries; holds the merge of each pair of neighbours.
+        ranks: of the merge of each id with the next.
     """
-    for i in range(count - 1):
-        merges[i] = find_merge(ids[i], ids[i + 1], pairs)
+    pairs, products = rules.pairs, rules.products
     while count > 1:
         best = 0
         for i in range(1, count - 1):
-            if merges[i] < merges[best]:
+            if ranks[i] < ranks[best]:
                 best = i
-        if merges[best] == NO_MERGE:
+        if ranks[best] == NO_MERGE:
             break
-        ids[best] = merges[best] & LOW_HALF
-        for i in range(best + 1, count - 1):
-            ids[i] = ids[i + 1]
-            merges[i] = merges[i + 1]
+        ids[best] = products[ranks[best]]
         count -= 1
+        for i in range(best + 1, count):
+            ids[i] = ids[i + 1]
+            ranks[i - 1] = ranks[i]
         if best > 0:
-            merges[best - 1] = find_merge(ids[best - 1], ids[best], pairs)
+            ranks[best - 1] = find_merge(ids[best - 1], ids[best], pairs)
         if best + 1 < count:
-            merges[best] = find_merge(ids[best], ids[best + 1], pairs)
+            ranks[best] = find_merge(ids[best], ids[best + 1], pairs)
     return count
 
 
@@ -149,30 +164,21 @@ def sift_up(heap: NDArray[np.uint64], hole: int, value: Word) -> None:
 
 
 @kernel
-def merge_long(
-    ids: NDArray[np.uint32],
-    count: int,
-    merges: NDArray[np.uint64],
-    after: NDArray[np.int32],
-    before: NDArray[np.int32],
-    heap: NDArray[np.uint64],
-    pairs: NDArray[np.uint64],
-) -> int:
+def merge_long(ids: NDArray[np.uint32], count: int, work: Work, rules: Rules) -> int:
     """Merge `ids[:count]` in place; the new count. O(count log count).
 
     Tokens form a linked list in place; a merge leaves its left position and removes its right one. The heap holds
-    rank << 32 | position of the left token; an entry counts only if it is still the merge of that position.
+    rank << 32 | position of the left token; an entry counts only if it is still the rank of that position.
+    `work.ranks` is as for `merge_short`.
     """
+    ranks, after, before, heap = work.ranks, work.after, work.before, work.heap
     size = 0
     for i in range(count):
         after[i] = i + 1
         before[i] = i - 1
-    for i in range(count - 1):
-        merges[i] = find_merge(ids[i], ids[i + 1], pairs)
-        if merges[i] != NO_MERGE:
-            heap[size] = (merges[i] & ~LOW_HALF) | Word(i)
+        if ranks[i] != NO_MERGE:
+            heap[size] = (Word(ranks[i]) << HALF) | Word(i)
             size += 1
-    merges[count - 1] = NO_MERGE
     for i in range(size // 2 - 1, -1, -1):
         sift_down(heap, size, i, heap[i])
 
@@ -182,24 +188,24 @@ def merge_long(
         if size > 0:
             sift_down(heap, size, 0, heap[size])
         left = np.int64(top & LOW_HALF)
-        if merges[left] == NO_MERGE or (merges[left] ^ top) >> HALF != NONE:
+        if ranks[left] != top >> HALF:
             continue
         right = np.int64(after[left])
-        ids[left] = merges[left] & LOW_HALF
-        merges[left] = merges[right] = NO_MERGE
+        ids[left] = rules.products[ranks[left]]
+        ranks[left] = ranks[right] = NO_MERGE
         beyond = np.int64(after[right])
         after[left] = beyond
         if beyond < count:
             before[beyond] = left
-            merges[left] = find_merge(ids[left], ids[beyond], pairs)
-            if merges[left] != NO_MERGE:
-                sift_up(heap, size, (merges[left] & ~LOW_HALF) | Word(left))
+            ranks[left] = find_merge(ids[left], ids[beyond], rules.pairs)
+            if ranks[left] != NO_MERGE:
+                sift_up(heap, size, (Word(ranks[left]) << HALF) | Word(left))
                 size += 1
         if left > 0:
             first = np.int64(before[left])
-            merges[first] = find_merge(ids[first], ids[left], pairs)
-            if merges[first] != NO_MERGE:
-                sift_up(heap, size, (merges[first] & ~LOW_HALF) | Word(first))
+            ranks[first] = find_merge(ids[first], ids[left], rules.pairs)
+            if ranks[first] != NO_MERGE:
+                sift_up(heap, size, (Word(ranks[first]) << HALF) | Word(first))
                 size += 1
 
     kept = 0
@@ -259,11 +265,15 @@ def same_bytes(text: NDArray[np.uint8], begin: int, length: int, spill: NDArray[
 @kernel
 def merge_pretoken(text: NDArray[np.uint8], begin: int, length: int, rules: Rules, work: Work) -> int:
     """Write the ids of the pre-token text[begin : begin + length] to `work.ids`; their number."""
-    for i in range(length):
-        work.ids[i] = rules.byte_ids[text[begin + i]]
+    ids, ranks = work.ids, work.ranks
+    for i in range(length - 1):
+        ids[i] = rules.byte_ids[text[begin + i]]
+        ranks[i] = rules.byte_pairs[np.int64(text[begin + i]) << 8 | np.int64(text[begin + i + 1])]
+    ids[length - 1] = rules.byte_ids[text[begin + length - 1]]
+    ranks[length - 1] = NO_MERGE
     if length <= MAX_QUADRATIC_BYTES:
-        return merge_short(work.ids, length, work.merges, rules.pairs)
-    return merge_long(work.ids, length, work.merges, work.after, work.before, work.heap, rules.pairs)
+        return merge_short(ids, length, ranks, rules)
+    return merge_long(ids, length, work, rules)
 
 
 @kernel
