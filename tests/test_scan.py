@@ -1,6 +1,11 @@
 """The scanner equals `regex` with the course's pattern, byte for byte."""
 
 import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +13,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenizer.kernels import scan as scan_module
 from tokenizer.kernels.scan import PADDING, find_invalid_utf8, find_special_token, scan
 from tokenizer.pretokenize import PATTERN, special_token_arrays, split_special_tokens, unicode_classes
 
@@ -131,3 +137,24 @@ def test_special_tokens_leftmost_longest(special_tokens: list[str], text: str) -
         pieces.append((token, True))
         position = found + len(token.encode())
     assert pieces == list(split_special_tokens(text, special_tokens))
+
+
+@pytest.mark.slow
+def test_a_change_in_any_kernel_compiles_all_afresh(tmp_path: Path) -> None:
+    """A copy of the package finds nothing in the cache after a change in a file that the kernel's own file imports."""
+    source = Path(scan_module.__file__).parents[1]
+    shutil.copytree(source, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("__pycache__"))
+    script = "from tokenizer.kernels.scan import decode; import numpy; decode(numpy.zeros(9, numpy.uint8), 0, 1)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+
+    def announced() -> bool:
+        run = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, check=True
+        )
+        return b"compiling" in run.stderr
+
+    assert announced()
+    assert not announced()
+    with open(tmp_path / "tokenizer/kernels/machine.py", "a") as file:
+        file.write("# changed")
+    assert announced()

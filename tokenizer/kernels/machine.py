@@ -1,7 +1,9 @@
 """What the kernels need and Numba has no name for: their decorator, and a handful of machine instructions."""
 
+import hashlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,10 @@ NONE = np.uint64(0)
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
+# Numba compiles a kernel afresh when its file has changed. It contains the kernels that it calls, so all files count.
+SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+
+
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile `function` when first called, to run without the GIL; the next process finds the code in a cache.
 
@@ -26,7 +32,9 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     (`_nrt=False`), which would cost two atomic operations per array and call: five times the work of the counting loop.
     """
     compiler: Callable[..., Any] = njit
-    return compiler(nogil=True, cache=True, error_model="numpy", _nrt=False)(function)
+    compiled = compiler(nogil=True, cache=True, error_model="numpy", _nrt=False)(function)
+    compiled._cache._cache_file._source_stamp = SOURCES
+    return compiled
 
 
 def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
