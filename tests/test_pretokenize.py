@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tokenizer import chunks, pretokenize, reference
 from tokenizer.chunks import ChunkReader, CutFinder, InvalidTextError, read_text
+from tokenizer.kernels import count
 from tokenizer.pretokenize import (
     PretokenCounts,
     check_special_tokens,
@@ -291,6 +292,35 @@ print(re.search("VmHWM: *([0-9]+) kB", Path("/proc/self/status").read_text().rep
         run = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, check=True, timeout=60)
         peaks.append(int(run.stdout) * 1024)
     assert peaks[1] - peaks[0] < 4_000_000
+
+
+@pytest.mark.parametrize("piece", [2, 3, 5, 16, 67])
+def test_where_a_piece_is_scanned_to_does_not_matter(tmp_path: Path, piece: int, monkeypatch) -> None:
+    """Pieces end anywhere: inside contractions, characters and the white space that the lookahead is about."""
+    monkeypatch.setattr(count, "PIECE", piece)
+    random = np.random.default_rng(piece)
+    parts = [
+        "a",
+        "'",
+        "'s",
+        "'ll",
+        "'ve'd",
+        "é",
+        "中",
+        "😀",
+        " ",
+        "  ",
+        "\n",
+        "\u2003",
+        "\u2003\u2003",
+        "\x85",
+        "!",
+        "12",
+        EOT,
+    ]
+    for _ in range(200):
+        text = "".join(random.choice(parts, random.integers(1, 120)))
+        assert counted(written(tmp_path, text.encode()), [EOT]) == reference.count_pretokens(text, [EOT])
 
 
 def test_random_cuts_of_random_text(tmp_path: Path) -> None:

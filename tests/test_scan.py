@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenizer.kernels import scan as scan_module
-from tokenizer.kernels.scan import PADDING, find_invalid_utf8, find_special_token, scan
+from tokenizer.kernels.scan import PADDING, character_start, find_invalid_utf8, find_special_token, scan
 from tokenizer.pretokenize import PATTERN, special_token_arrays, split_special_tokens, unicode_classes
 
 # What the pattern treats apart: contractions and what looks like them, every kind of white space, digits and letters of
@@ -111,6 +111,17 @@ def test_bytes_outside_utf8_are_others(data: bytes) -> None:
     except UnicodeDecodeError as error:
         invalid = error.start
     assert find_invalid_utf8(np.frombuffer(data + b"\x80" * PADDING, np.uint8), 0, len(data)) == invalid
+
+
+@pytest.mark.parametrize("text", ["aé中😀", "é中😀a😀", "中" * 5])
+def test_start_of_the_character_that_a_position_is_inside(text: str) -> None:
+    data = text.encode()
+    starts = [len(text[:i].encode()) for i in range(len(text))]
+    for position in range(len(data)):
+        expected = max(start for start in starts if start <= position)
+        assert character_start(np.frombuffer(data, np.uint8), position, len(data)) == expected
+    stray = np.frombuffer(b"\xc3\xa9\x80\x80\x80\x80\xc3", np.uint8)
+    assert [character_start(stray, position, 7) for position in range(7)] == [0, 0, 2, 3, 4, 5, 6]
 
 
 def test_empty_range_appends_nothing() -> None:

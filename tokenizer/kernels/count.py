@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenizer.kernels.machine import ALL, NONE, ONE, kernel, load_word, prefetch
-from tokenizer.kernels.scan import SpecialTokens, find_special_token, scan
+from tokenizer.kernels.scan import SpecialTokens, character_start, find_special_token, scan
 
 Word = np.uint64
 
@@ -184,7 +184,9 @@ def count_text(
             position += specials.offsets[row + 1] - specials.offsets[row]
             special, row = find_special_token(text, position, end, specials)
             continue
-        stop = min(special, position + piece)
+        stop = special
+        if position + piece < special:
+            stop = character_start(text, position + piece, special)
         num = scan(text, position, stop, classes, starts, 0)
         if stop < special:
             # What follows may lengthen the last pre-token and, in a contraction, change where the last begins.

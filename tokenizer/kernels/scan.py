@@ -78,6 +78,16 @@ def decode(text: NDArray[np.uint8], position: int, end: int) -> tuple[Any, Any]:
 
 
 @kernel
+def character_start(text: NDArray[np.uint8], position: int, end: int) -> int:
+    """Where the UTF-8 character that has `position` inside it begins; `position` if none has."""
+    for start in range(position - 1, max(position - 4, -1), -1):
+        if text[start] & 0xC0 != 0x80:
+            length = decode(text, start, end)[1]
+            return start if start + length > position else position
+    return position
+
+
+@kernel
 def classify(
     text: NDArray[np.uint8], position: int, end: int, classes: NDArray[np.uint8], overflow: Overflow
 ) -> tuple[Block, Overflow]:
