@@ -1,13 +1,16 @@
 """Optimizers, learning-rate schedules and gradient clipping."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
+
+PIECE = 2**15  # elements per thread in one piece of a parameter: what torch gives a thread at least
 
 
 class SGD(Optimizer):
@@ -77,7 +80,7 @@ class AdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
+            rows = []
             for param in group["params"]:
                 if param.grad is None:
                     continue
@@ -85,13 +88,69 @@ class AdamW(Optimizer):
                 if not state:
                     state.update(step=0, m=torch.zeros_like(param), v=torch.zeros_like(param))
                 state["step"] += 1
-                m, v, step = state["m"], state["v"], state["step"]
-                lr_t = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-                param.mul_(1 - group["lr"] * group["weight_decay"])
-                m.lerp_(param.grad, 1 - beta1)
-                v.mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
-                param.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-lr_t)
+                tensors = (local_part(tensor) for tensor in (param, param.grad, state["m"], state["v"]))
+                rows.append(Row(state["step"], *tensors))
+            for batch in batches(rows):
+                adamw_update(batch, group["lr"], group["betas"], group["eps"], group["weight_decay"])
         return loss
+
+
+class Row(NamedTuple):
+    """A parameter, or a piece of one, with what its update needs; `step` counts from 1."""
+
+    step: int
+    theta: Tensor
+    gradient: Tensor
+    m: Tensor
+    v: Tensor
+
+
+def adamw_update(rows: list[Row], lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """One update of all rows in place, by the formulas in the docstring of `AdamW`."""
+    beta1, beta2 = betas
+    _, thetas, gradients, ms, vs = (list(column) for column in zip(*rows, strict=True))
+    rates = [lr * math.sqrt(1 - beta2**row.step) / (1 - beta1**row.step) for row in rows]
+    torch._foreach_mul_(thetas, 1 - lr * weight_decay)
+    torch._foreach_lerp_(ms, gradients, 1 - beta1)
+    torch._foreach_mul_(vs, beta2)
+    torch._foreach_addcmul_(vs, gradients, gradients, 1 - beta2)
+    denominators = torch._foreach_sqrt(vs)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_addcdiv_(thetas, ms, denominators, [-rate for rate in rates])
+
+
+def batches(rows: list[Row]) -> Iterator[list[Row]]:
+    """All rows at once; on a CPU so few elements that they stay in its cache from one operation to the next."""
+    if not all(row.theta.is_cpu for row in rows):
+        yield rows
+        return
+    limit = PIECE * torch.get_num_threads()
+    batch, size = [], 0
+    for piece in itertools.chain.from_iterable(pieces(row, limit) for row in rows):
+        batch.append(piece)
+        size += piece.theta.numel()
+        if size >= limit:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def pieces(row: Row, limit: int) -> Iterator[Row]:
+    """The row, cut along the first axis of its tensors where they have more than `limit` elements."""
+    step, *tensors = row
+    elements = row.theta.numel()
+    if elements <= limit:
+        yield row
+        return
+    length = max(1, len(row.theta) * limit // elements)
+    for parts in zip(*(tensor.split(length) for tensor in tensors), strict=True):
+        yield Row(step, *parts)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor (a DTensor, under FSDP) that this process holds; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def cosine_schedule(
@@ -147,5 +206,8 @@ def clip_gradients(params: Iterable[Tensor], max_norm: float, eps: float = 1e-6)
     if not gradients:
         return torch.zeros(())
     norm = torch.stack(torch._foreach_norm(gradients)).square().sum().sqrt()
-    torch._foreach_mul_(gradients, (max_norm / (norm + eps)).clamp(max=1.0))
+    if hasattr(norm, "full_tensor"):  # the gradients are sharded, under FSDP: sum over the processes
+        norm = norm.full_tensor()
+    factor = (max_norm / (norm + eps)).clamp(max=1.0)
+    torch._foreach_mul_([local_part(gradient) for gradient in gradients], factor)
     return norm
