@@ -26,19 +26,21 @@ indented line continues the one above it.
 """
 
 import bisect
+import contextlib
 import functools
 import math
 import os
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import accumulate, combinations, product, takewhile
 from typing import TypeAlias
 
 from tokenizer.files import atomic_write
 
+LOOK_INTO = 4  # choices in a row that are looked into to tell the options of another choice apart
 SEPARATOR = "\n<|endoftext|>\n"
 """What follows every document of a corpus file. It is certain once a story has ended, so it costs no information."""
 
@@ -131,8 +133,8 @@ class Voice(ABC):
         """Hear text that follows with certainty."""
 
     @abstractmethod
-    def choose(self, weights: Sequence[int], beginnings: Callable[[], list[str]]) -> int:
-        """The index of one of the options of these weights; `beginnings()` are the texts that they begin with."""
+    def choose(self, weights: Sequence[int], beginnings: Callable[[], Iterable[list[str]]]) -> int:
+        """The index of one of the options of these weights; `beginnings()` are the texts that each can begin with."""
 
 
 @dataclass
@@ -147,7 +149,7 @@ class Teller(Voice):
         """Write text that follows with certainty."""
         self.story.append(text)
 
-    def choose(self, weights: Sequence[int], beginnings: Callable[[], list[str]]) -> int:
+    def choose(self, weights: Sequence[int], beginnings: Callable[[], Iterable[list[str]]]) -> int:
         """The index of an option, drawn by weight."""
         threshold = self.rng.random() * sum(weights)
         index = bisect.bisect_right(list(accumulate(weights)), threshold)
@@ -169,14 +171,13 @@ class Listener(Voice):
             raise self.surprise([text])
         self.position += len(text)
 
-    def choose(self, weights: Sequence[int], beginnings: Callable[[], list[str]]) -> int:
-        """The index of the only option that begins like the rest of the document."""
-        options = beginnings()
-        for index, beginning in enumerate(options):
-            if self.document.startswith(beginning, self.position):
+    def choose(self, weights: Sequence[int], beginnings: Callable[[], Iterable[list[str]]]) -> int:
+        """The index of the only option that can begin like the rest of the document."""
+        for index, option in enumerate(beginnings()):
+            if self.document.startswith(tuple(option), self.position):
                 self.log_probability += math.log(weights[index] / sum(weights))
                 return index
-        raise self.surprise(options)
+        raise self.surprise([beginning for option in beginnings() for beginning in option])
 
     def surprise(self, expected: list[str]) -> ValueError:
         """The error for a document that leaves the grammar at the current position."""
@@ -199,6 +200,7 @@ class Grammar:
     def __init__(self, source: str) -> None:
         self.rules: dict[str, Rule] = {}
         self.tables: dict[str, tuple[Record, ...]] = {}
+        self.heads: dict[int, list[list[Template]]] = {}  # by id of a rule: what each of its options can begin with
         self._read(source)
         self._check()
 
@@ -233,18 +235,42 @@ class Grammar:
             elif isinstance(part, Draw):
                 used = set(memory.values())
                 records = [r for r in self.tables[_render(part.table, memory)] if r not in used]
-                names = functools.partial(_render_all, [_cell(r, "") for r in records], memory)
-                record = records[voice.choose([r.weight for r in records], names)]
+                names = [_cell(record, "") for record in records]
+                beginnings = functools.partial(_beginnings, [[name] for name in names], memory)
+                record = records[voice.choose([record.weight for record in records], beginnings)]
                 memory[part.slot] = record
                 voice.say(_recall(Slot(part.slot, "", False), memory))
             else:
                 rule = part if isinstance(part, Rule) else self.rules[_render(part.rule, memory)]
                 index = 0
                 if len(rule.options) > 1:
-                    index = voice.choose(
-                        rule.weights, functools.partial(_render_all, [_beginning(o) for o in rule.options], memory)
-                    )
+                    index = voice.choose(rule.weights, functools.partial(_beginnings, self.heads[id(rule)], memory))
                 self._expand(rule.options[index], memory, voice)
+
+    def _heads(self, option: Template, named: Callable[[Template], Iterable[str]], depth: int) -> Iterator[Template]:
+        """What an option can begin with: its parts up to the first choice in it, and what that choice can begin with.
+
+        Args:
+            option: the parts.
+            named: the rules or tables that a name in the option can stand for.
+            depth: how many choices deep to look.
+        """
+        lead = tuple(takewhile(lambda part: isinstance(part, str | Slot), option))
+        if len(lead) == len(option) or depth == 0:
+            yield lead
+            return
+        choice = option[len(lead)]
+        options: Iterable[Template]
+        if isinstance(choice, Draw):
+            options = (_cell(record, "") for name in named(choice.table) for record in self.tables[name])
+        elif isinstance(choice, Call):
+            options = (option for name in named(choice.rule) for option in self.rules[name].options)
+        else:
+            assert isinstance(choice, Rule)
+            options = choice.options
+        for begin in options:
+            for head in self._heads(begin, named, depth - 1):
+                yield (*lead, *head)
 
     def _read(self, source: str) -> None:
         name, columns = "", None
@@ -278,12 +304,13 @@ class Grammar:
         records: dict[str, list[Record]] = {}
         draws = [part for part in every if isinstance(part, Draw)]
         for draw in sorted(draws, key=lambda draw: len(draw.table)):  # `{kind.names}` needs the tables of `kind` first
-            for table in self._named(draw.table, self.tables, records):
-                records.setdefault(draw.slot, []).extend(self.tables[table])
+            for table in self._named(draw.table, self.tables.keys(), records):
+                seen = records.setdefault(draw.slot, [])
+                seen.extend(record for record in self.tables[table] if record not in seen)
         called = {"story"}
         for part in every:
             if isinstance(part, Call):
-                called |= self._named(part.rule, self.rules, records)
+                called |= self._named(part.rule, self.rules.keys(), records)
         if unused := self.rules.keys() - called:
             raise ValueError(f"rules that nothing calls: {sorted(unused)}")
         columns = [cell for table in self.tables.values() for row in table for cell in row.columns.values()]
@@ -291,16 +318,31 @@ class Grammar:
             for record in records.get(slot.name, [None]):
                 if record is None or (slot.column and slot.column not in record.columns):
                     raise ValueError(f"{{{slot.name}.{slot.column}}} is not a column of every record of that slot")
-        choices = [(name, rule.options) for name, rule in self.rules.items()]
-        choices += [("(|)", part.options) for part in every if isinstance(part, Rule)]
-        choices += [(name, tuple(_cell(record, "") for record in table)) for name, table in self.tables.items()]
-        for name, options in choices:
-            for one, other in combinations(map(_beginning, options), 2):
-                if not _differ(one, other, records):
-                    raise ValueError(f"two options of {name!r} can begin alike: {one} and {other}")
+        named = functools.partial(self._named, known=self.rules.keys() | self.tables.keys(), records=records)
+        rules = [*self.rules.items(), *(("(|)", part) for part in every if isinstance(part, Rule))]
+        for name, rule in rules:
+            self.heads[id(rule)] = self._distinct_heads(name, rule.options, named, records)
+        for name, rows in self.tables.items():
+            self._distinct_heads(name, [_cell(record, "") for record in rows], named, records)
+
+    def _distinct_heads(
+        self,
+        name: str,
+        options: Sequence[Template],
+        named: Callable[[Template], Iterable[str]],
+        records: dict[str, list[Record]],
+    ) -> list[list[Template]]:
+        """What each option can begin with, looking into as few choices as it takes to tell the options apart."""
+        for depth in range(LOOK_INTO + 1):
+            heads = [list(self._heads(option, named, depth)) for option in options]
+            pairs = (pair for these, those in combinations(heads, 2) for pair in product(these, those))
+            alike = next((pair for pair in pairs if not _differ(*pair, records)), None)
+            if alike is None:
+                return heads
+        raise ValueError(f"two options of {name!r} can begin alike: {alike}")
 
     @staticmethod
-    def _named(template: Template, known: Iterable[str], records: dict[str, list[Record]]) -> set[str]:
+    def _named(template: Template, known: Set[str], records: dict[str, list[Record]]) -> set[str]:
         """Every name that a template such as `mishap {toy.way}` can come out as."""
         values = (
             {_certain(_cell(record, part.column)) for record in records[part.name]}
@@ -309,7 +351,7 @@ class Grammar:
             for part in template
         )
         names = {"".join(combination) for combination in product(*values)}  # type: ignore[arg-type]
-        if missing := names - set(known):
+        if missing := names - known:
             raise ValueError(f"no rule or table is called {sorted(missing)}")
         return names
 
@@ -327,13 +369,14 @@ def _render(template: Template, memory: Memory) -> str:
     return "".join(_recall(part, memory) if isinstance(part, Slot) else str(part) for part in template)
 
 
-def _beginning(option: Template) -> Template:
-    """The part of an option that is fixed by what is remembered: up to the first choice inside it."""
-    return tuple(takewhile(lambda part: isinstance(part, str | Slot), option))
-
-
-def _render_all(templates: list[Template], memory: Memory) -> list[str]:
-    return [_render(template, memory) for template in templates]
+def _beginnings(heads: Sequence[Sequence[Template]], memory: Memory) -> Iterator[list[str]]:
+    """For each option, the texts that it can begin with; what speaks of things not remembered cannot come now."""
+    for option in heads:
+        texts = []
+        for head in option:
+            with contextlib.suppress(KeyError):
+                texts.append(_render(head, memory))
+        yield texts
 
 
 def _walk(template: Template) -> Iterator[Part]:
@@ -369,19 +412,20 @@ def _differ(one: Template, other: Template, records: dict[str, list[Record]]) ->
 
 def _values(a: Part, b: Part, records: dict[str, list[Record]]) -> Iterator[tuple[str, str]]:
     """The pairs of texts that two parts, at least one of them a slot, can come out as together."""
-    same_slot = isinstance(a, Slot) and isinstance(b, Slot) and a.name == b.name
-    for (record_a, text_a), (record_b, text_b) in product(_texts(a, records), _texts(b, records)):
-        if (record_a is record_b) == same_slot:  # two slots never hold one record
-            yield text_a, text_b
+    texts_a, texts_b = _texts(a, records), _texts(b, records)
+    if isinstance(a, Slot) and isinstance(b, Slot) and a.name == b.name:
+        return ((x, y) for (_, x), (_, y) in zip(texts_a, texts_b, strict=True))  # two columns of one record
+    return (
+        (x, y) for (one, x), (other, y) in product(texts_a, texts_b) if one is not other
+    )  # not in two slots at once
 
 
-def _texts(part: Part, records: dict[str, list[Record]]) -> Iterator[tuple[Record | None, str]]:
-    if isinstance(part, Slot):
-        for record in records[part.name]:
-            text = _certain(_cell(record, part.column))
-            yield record, text[:1].upper() + text[1:] if part.capital else text
-    else:
-        yield None, str(part)
+def _texts(part: Part, records: dict[str, list[Record]]) -> list[tuple[Record | Part, str]]:
+    """The beginnings of what a part can come out as, each with the record that it is from."""
+    if not isinstance(part, Slot):
+        return [(part, str(part))]
+    texts = [(record, _certain(_cell(record, part.column))) for record in records[part.name]]
+    return [(record, text[:1].upper() + text[1:] if part.capital else text) for record, text in texts]
 
 
 @functools.cache
@@ -650,6 +694,16 @@ What has ears but hears nothing? | A field of corn
 1 between two haystacks
 1 beneath the washing on the line
 
+@thieves: name | animal | part | excuse
+2 a long blue feather | peacock | feathers | I only wanted to look beautiful while eating
+2 a silver trail | snail | silver trail | I was on my way for three days and very hungry
+2 a tuft of white wool | lamb | wool | I thought it was grass
+1 a milky paw print | cat | milk on my paws | I was only cleaning the dishes
+1 a pile of wood chips | woodchuck | wood chips | I wanted to taste the table
+1 a heap of fresh earth | mole | earth on my nose | I could not see what it was
+1 a shiny button | magpie | buttons | I paid for it with a button
+1 two wet footprints | penguin | wet feet | I took it for a fish
+
 @seeds: name | plant | grown | use
 2 flat and striped | sunflower | taller than the roof | fed all the birds of the street
 2 small and round | pea plant | as thick as a curtain | filled eleven bowls with peas
@@ -738,7 +792,16 @@ What has ears but hears nothing? | A field of corn
 1 very small volcano
 
 = story
-<opening> <home> <nature> <looks> <treasure>¶<plot>
+<opening> <home> <portrait>¶<plot>
+
+= portrait
+2 <nature> <looks and treasure>
+1 <looks> <nature> <treasure>
+1 <treasure> <nature> <looks>
+
+= looks and treasure
+<looks> <treasure>
+<treasure> <looks>
 
 = opening
 6 Once upon a time, there was a <hero>.
@@ -749,7 +812,7 @@ What has ears but hears nothing? | A field of corn
     lived a <hero>.
 
 = hero
-(little|small|young|tiny|merry) <kind:kinds> named <hero:{kind.names}>
+(little|small|young|tiny|merry|round|brave) <kind:kinds> named <hero:{kind.names}>
 
 = home
 3 {Hero} lived in a (cosy|narrow|crooked|quiet|sunny|draughty|spotless|cluttered) {kind.home} <where:wheres>
@@ -785,6 +848,7 @@ What has ears but hears nothing? | A field of corn
 3 The next day was the birthday of {his} {family}. <birthday>
 3 On the way (home|to school|to the <outing:places>) one day, <baby>
 3 Every (Saturday|Sunday|summer|holiday|Friday after school|now and then), <seek>
+2 At (noon|six o'clock|breakfast|tea time) on (Monday|Tuesday|Wednesday|Thursday) <theft>
 3 In (spring|March|April|May|the last week of winter), <seed>
 
 = lost
@@ -880,9 +944,9 @@ The {helper} {helper.how} and (came back with|brought back|returned with) the {c
 1 All the hair on {his} neck stood up.
 
 = monster
-2 Is it a <monster:monsters>?
-1 Surely that is a <monster:monsters>!
-1 What if it is a <monster:monsters>?
+2 Is it a <mood> <monster:monsters>?
+1 Surely that is a <mood> <monster:monsters>!
+1 What if it is a <mood> <monster:monsters>?
 
 = look
 2 {He} called for {his} {family}. {Family.he} came with a (candle|lamp|torch|match|broom|frying pan), and
@@ -951,11 +1015,33 @@ The {helper} {helper.how} and (came back with|brought back|returned with) the {c
 1 "You first," said {hero} <how>. "No, you first," said {friend}. So they (played something else|shared the
     {treat}|both laughed) instead.¶<evening>
 
+= theft
+somebody had eaten all of the {treat}. Only the empty (plate|bowl|pot|pan) was left, and beside it
+    <thief:thieves>.¶
+    "(This is a case for me|This cannot be|We shall see|Not again)!" <said> {hero}. <aside> {He} went to a <mood>
+    <one:players> first.¶"It was not me," {one.voice} the {one} <how>. "I have no {thief.part}."¶<suspects>
+
+= suspects
+1 <confession>
+1 So {hero} asked a <mood> <two:players>. "Not me," {two.voice} the {two} <how>. "Do I have {thief.part}?"¶
+    <confession>
+
+= confession
+At last {hero} found the {thief.animal}, (under the table|behind a tree|fast asleep|in the cellar|on the roof).
+    "{thief.excuse}," <said> the {thief.animal}. "I am sorry."¶<forgiven>
+
+= forgiven
+2 {Hero} thought about it. "Next time, ask me," {he} said, and {his} {family} made new {treat} for everyone: for
+    the {one}, for the {thief.animal} and for {hero}.¶<evening>
+1 "Then you must (wash the plates|tell a story|carry my {toy}|sing for us)," said {hero}, and the {thief.animal}
+    did.¶<evening>
+
 = birthday
 {Hero} wanted to give {family.him} something (special|wonderful|lovely|unusual|useful|splendid). {He} found the
-    <first:traders> {first.place}.¶"May I have {first.goods}?" asked {hero} <how>.¶
+    <mood> <first:traders> {first.place}.¶"May I have {first.goods}?" asked {hero} <how>.¶
     "<yes>" said the {first}, "but first I need something from the <second:traders>: {second.goods}."¶
-    So {hero} went on, past a <sight:sights> and a <next:sights>, and found the {second} {second.place}. <deal>
+    So {hero} went on, past a <sight:sights> and a <next:sights>, and found the <mood> {second} {second.place}.
+    <deal>
 
 = yes
 2 Of course,
@@ -967,7 +1053,7 @@ The {helper} {helper.how} and (came back with|brought back|returned with) the {c
     {Hero} {show.did}. The {second} (smiled|laughed|clapped|nodded|sighed|bowed) and gave {him} {second.goods}.
     <back>
 2 "I need something, too," said the {second}. "Go to the <third:traders> and ask for {third.goods}."¶
-    <aside> {Hero} found the {third} {third.place}. "You may have {third.goods}," said the {third}, "if you
+    <aside> {Hero} found the <mood> {third} {third.place}. "You may have {third.goods}," said the {third}, "if you
     <show:shows>."¶
     {Hero} {show.did}. The {third} (smiled|laughed|clapped|nodded|sighed|bowed) and gave {him} {third.goods}. The
     {second} took {third.goods} and gave {him} {second.goods}. <back>
@@ -996,10 +1082,10 @@ The {helper} {helper.how} and (came back with|brought back|returned with) the {c
 1 {Hero} gave it a (bit|spoonful|mouthful) of {treat}.
 
 = walk
-2 They passed a <sight:sights> and met a <wrong:babies>. But the {wrong.home} was {wrong.clue}, and the {baby}
-    shook its head. <arrive>
-2 {Hero} knew the way. They passed a <sight:sights>, a <next:sights> and a <last:sights>. <arrive>
-1 They asked a <guide:players>. "{Baby.home}? That way," {guide.voice} the {guide}. <arrive>
+2 They passed a <sight:sights> and met a <mood> <wrong:babies>. But the {wrong.home} was {wrong.clue}, and the
+    {baby} shook its head. <arrive>
+2 {Hero} knew the way. They passed a <sight:sights>, a <next:sights> and a <farther:sights>. <arrive>
+1 They asked a <mood> <guide:players>. "{Baby.home}? That way," {guide.voice} the {guide}. <arrive>
 
 = arrive
 Then they came to the {baby.home}. It was {baby.clue}.¶
@@ -1014,9 +1100,10 @@ Then they came to the {baby.home}. It was {baby.clue}.¶
 {hero} played hide-and-seek with {his} friends. This time <guests>
 
 = guests
-1 two friends came: a <one:players> and a <two:players>. <count>¶
+1 two friends came: a <mood> <one:players> and a <mood> <two:players>. <count>¶
     {He} found the {one} first, <near:spots>. <found two>
-2 three friends came: a <one:players>, a <two:players> and a <three:players>. <count>¶<find three>
+2 three friends came: a <mood> <one:players>, a <mood> <two:players> and a <mood> <three:players>. <count>¶
+    <find three>
 
 = count
 {Hero} put down the {color} {toy}, closed {his} eyes and counted to <number:numbers>. {He} was so {trait} that
@@ -1083,6 +1170,22 @@ there was a (tiny|small|bright|shy) green (tip|leaf|dot|finger). <aside> It grew
 1 Down came a (leaf|feather|button|blossom|drop|nut) (and landed on {his} nose|and stuck to {his} {wear}|from
     the sky).
 
+= mood
+cheerful
+sleepy
+serious
+busy
+famous
+skinny
+tall
+plump
+whistling
+nervous
+hungry
+very old
+bearded
+lonely
+
 = how
 2 softly
 2 loudly
@@ -1114,12 +1217,14 @@ there was a (tiny|small|bright|shy) green (tip|leaf|dot|finger). <aside> It grew
 1 thought
 
 = return
+2 <tell>
 2 When {hero} came back to the {kind.home} {where}, {his} {family} had made {treat}. <tell>
 1 It was already (late|dark|evening) when {hero} came home. "Where have you been, {hero}?" asked {his} {family}.
     <tell>
 1 At home {his} {family} was waiting (at the door|with a lamp|with {treat}|in the bath tub|on the roof). <tell>
 
 = evening
+3 <tell>
 2 In the evening, {hero} and {his} {family} ate {treat}. <tell>
 1 That night {hero} (could not sleep at first|slept very well|looked at the stars|snored a little|counted
     sheep). <tell>
