@@ -2,11 +2,13 @@
 
 import copy
 import math
+import socket
 
 import pytest
 import torch
 from torch import nn
 
+from lm import optim
 from lm.optim import SGD, AdamW, clip_gradients, cosine_schedule, trapezoid_schedule
 
 
@@ -110,6 +112,70 @@ def test_adamw_takes_gradients_of_any_memory_layout():
         AdamW([parameter]).step()
         results.append(parameter.detach())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("piece", [1, 64, 10_000])
+def test_adamw_does_not_depend_on_the_pieces(piece, monkeypatch):
+    whole, cut = small_net(), small_net()
+    train(whole, AdamW(whole.parameters(), weight_decay=0.1), 3)
+    monkeypatch.setattr(optim, "PIECE", piece)
+    train(cut, AdamW(cut.parameters(), weight_decay=0.1), 3)
+    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # vector and scalar code may round differently
+
+
+def test_adamw_counts_the_steps_of_each_parameter():
+    late, alone = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    early = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([early, late])
+    early.grad = torch.ones(3)
+    optimizer.step()
+    late.grad = torch.ones(3)
+    optimizer.step()
+    alone.grad = torch.ones(3)
+    AdamW([alone]).step()
+    assert torch.equal(late, alone)
+
+
+def sharded_run(rank, port, results):
+    """Three clipped steps of a net sharded over two processes; process 0 puts norm and weights into `results`."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    net = fully_shard(small_net())
+    optimizer = AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        x = torch.randn(16, 300, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        norm = clip_gradients(net.parameters(), 0.1)
+        optimizer.step()
+    assert all(isinstance(p, DTensor) for p in net.parameters())
+    weights = [p.full_tensor().detach() for p in net.parameters()]
+    if rank == 0:
+        torch.save([norm, *weights], results)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_with_sharded_parameters_equal_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(sharded_run, (port, tmp_path / "weights.pt"), nprocs=2)
+    norm, *weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+
+    net = small_net()
+    optimizer = AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        x = torch.randn(16, 300, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        expected = clip_gradients(net.parameters(), 0.1)
+        optimizer.step()
+    torch.testing.assert_close(norm, expected)
+    torch.testing.assert_close(weights, [p.detach() for p in net.parameters()])
 
 
 @pytest.mark.parametrize("optimizer_class", [SGD, AdamW])
