@@ -336,16 +336,16 @@ class TestLongPretokens:
         tokenizer.encode(text * 1000)
         seconds = []
         for size in (30_000, 300_000):
-            start = time.perf_counter()
+            start = time.thread_time()
             ids = tokenizer.encode(text * size)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.thread_time() - start)
             assert tokenizer.decode(ids) == text * size
         assert seconds[1] < 40 * seconds[0]  # quadratic would be 100
 
     def test_plain_path_is_nearly_linear(self, small: Tokenizer) -> None:
-        start = time.perf_counter()
+        start = time.thread_time()
         assert small.decode(small.encode_without_loading("a" * 100_000)) == "a" * 100_000
-        assert time.perf_counter() - start < 10
+        assert time.thread_time() - start < 10
 
     @given(
         st.lists(st.integers(0, 3), max_size=30), st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=6)
@@ -376,8 +376,8 @@ class TestCache:
         text = " ".join(words + words[:20_000]).encode()
         expected = small.encode_without_loading(text.decode())
         starts, ids = np.empty(len(text) + 1, np.uint32), np.empty(len(text) + 3, np.uint16)
-        for max_slots in (1 << 14, 1 << 21):
-            encoder = BytesEncoder(small, max_slots=max_slots)
+        for max_slots in (1 << 14, 1 << 18):
+            encoder = BytesEncoder(small, first_slots=1 << 12, max_slots=max_slots)
             count = encoder.encode(np.frombuffer(text + bytes(64), np.uint8), len(text), starts, ids)
             assert ids[:count].tolist() == expected
             assert len(encoder._cache.slots) <= 4 * max_slots

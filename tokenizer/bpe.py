@@ -71,7 +71,7 @@ class Tokenizer:
         self.merges = list(merges)
         self._add_special_tokens()
         self._index_tokens()
-        self._check_merges()
+        self._index_merges()
         self.vocab_size = max(self.vocab) + 1
         self._special_pattern = pretokenize.special_token_pattern(self.special_tokens)
         self._plain_cache: dict[str, tuple[int, ...]] = {}
@@ -112,11 +112,17 @@ class Tokenizer:
             if bytes([byte]) not in self._ids:
                 raise ValueError(f"vocab lacks the single byte 0x{byte:02X}: some text could not be encoded")
 
-    def _check_merges(self) -> None:
-        for rank, (left, right) in enumerate(self.merges):
-            for token in (left, right, left + right):
-                if token not in self._ids:
-                    raise ValueError(f"merges[{rank}] is {left!r} + {right!r}, but vocab lacks {token!r}")
+    def _index_merges(self) -> None:
+        """Set `_merge_ids`: left part, right part and product of each merge, one after the other."""
+        ids = self._ids
+        self._merge_ids: list[int] = []
+        try:
+            for left, right in self.merges:
+                self._merge_ids += ids[left], ids[right], ids[left + right]
+        except KeyError as error:
+            rank = len(self._merge_ids) // 3
+            left, right = self.merges[rank]
+            raise ValueError(f"merges[{rank}] is {left!r} + {right!r}, but vocab lacks {error.args[0]!r}") from None
 
     @classmethod
     def from_files(
@@ -317,10 +323,10 @@ class Tokenizer:
     @functools.cached_property
     def _ranks(self) -> dict[tuple[int, int], tuple[int, int]]:
         """{pair of ids: (rank, id of the product)}; of a repeated merge the first counts."""
-        ids = self._ids
         ranks: dict[tuple[int, int], tuple[int, int]] = {}
-        for rank, (left, right) in enumerate(self.merges):
-            ranks.setdefault((ids[left], ids[right]), (rank, ids[left + right]))
+        triples = zip(*(self._merge_ids[i::3] for i in range(3)), strict=True)
+        for rank, (left, right, product) in enumerate(triples):
+            ranks.setdefault((left, right), (rank, product))
         return ranks
 
 
@@ -428,7 +434,7 @@ class BytesEncoder:
         max_slots: size at which a full cache is emptied instead of enlarged.
     """
 
-    def __init__(self, tokenizer: Tokenizer, first_slots: int = 1 << 14, max_slots: int = 1 << 21) -> None:
+    def __init__(self, tokenizer: Tokenizer, first_slots: int = 1 << 16, max_slots: int = 1 << 21) -> None:
         from tokenizer.kernels import encode as kernels
 
         self._kernels = kernels
@@ -436,10 +442,9 @@ class BytesEncoder:
         if tokenizer.vocab_size > kernels.MAX_IDS:
             raise ValueError(f"vocab has id {tokenizer.vocab_size - 1}: the kernels take ids below {kernels.MAX_IDS}")
         ids = tokenizer._ids
-        merges = [(ids[left], ids[right], ids[left + right]) for left, right in tokenizer.merges]
-        lefts, rights, products = np.array(merges, np.uint32).reshape(-1, 3).T.copy()
+        lefts, rights, products = np.array(tokenizer._merge_ids, np.uint32).reshape(-1, 3).T.copy()
         self._rules = kernels.Rules(
-            pairs=np.zeros(1 << max(10, (2 * len(merges)).bit_length()), np.uint64),
+            pairs=np.zeros(1 << max(10, (2 * len(products)).bit_length()), np.uint64),
             products=products,
             byte_ids=np.array([ids[bytes([byte])] for byte in range(256)], np.uint32),
             byte_pairs=np.empty(1 << 16, np.uint32),
@@ -452,7 +457,7 @@ class BytesEncoder:
         self._cache = self._empty_cache(self._first_words)
 
     def _empty_cache(self, words: int) -> Any:
-        cache = self._kernels.Cache(np.empty(words, np.uint64), np.empty(words // 4, np.uint32), np.zeros(2, np.int64))
+        cache = self._kernels.Cache(np.empty(words, np.uint64), np.empty(words // 2, np.uint32), np.zeros(2, np.int64))
         cache.slots.fill(0)  # unlike np.zeros, takes the memory now
         return cache
 
@@ -511,12 +516,12 @@ class BytesEncoder:
                 self._make_room()
 
     def _make_room(self) -> None:
-        """Make the cache four times as large, or empty it where it is as large as it may get."""
+        """Make the cache twice as large, or empty it where it is as large as it may get."""
         slots, _, used = self._cache
         try:
-            if 4 * len(slots) > self._max_words:
+            if 2 * len(slots) > self._max_words:
                 raise MemoryError
-            larger = self._empty_cache(4 * len(slots))
+            larger = self._empty_cache(2 * len(slots))
         except MemoryError:
             slots[:] = 0
             used[:] = 0

@@ -288,11 +288,11 @@ def store(
     slot: Word,
     cache: Cache,
 ) -> None:
-    """Fill the free `slot` with a key and its ids, if there is room."""
+    """Fill the free `slot` with a key and its ids, unless the cache is three quarters full."""
     long_words = (length + 3) // 4 if length > INLINE_BYTES else 0
     spilled = count if count > INLINE_IDS or long_words > 0 else 0
     position = cache.used[1]
-    if 2 * SLOT * (cache.used[0] + 1) > len(cache.slots) or position + spilled + long_words > len(cache.spill):
+    if 4 * SLOT * cache.used[0] > 3 * len(cache.slots) or position + spilled + long_words > len(cache.spill):
         return
     cache.slots[slot] = low
     cache.slots[slot + ONE] = high
@@ -420,7 +420,7 @@ def encode_text(
 ) -> tuple[int, np.int64]:
     """Write the ids of text[begin:end] to `out`; where it stopped, and the number of ids.
 
-    It stops before `end` when the cache is nearly full, or when a pre-token is longer than `work` has room for (then
+    It stops before `end` when the cache is half full, or when a pre-token is longer than `work` has room for (then
     `work.needed` says how long): the caller makes room and calls again from there.
 
     Args:
@@ -435,7 +435,7 @@ def encode_text(
         if len(specials.numbers) > 0:
             stop, row = find_special_token(text, begin, end, specials)
         while begin < stop:
-            if 8 * SLOT * cache.used[0] > 3 * len(cache.slots) or 4 * cache.used[1] > 3 * len(cache.spill):
+            if 2 * SLOT * cache.used[0] > len(cache.slots) or 4 * cache.used[1] > 3 * len(cache.spill):
                 return begin, count
             piece = piece_end(text, begin, stop)
             number = scan(text, begin, piece, classes, starts, 0)
