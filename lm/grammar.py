@@ -596,7 +596,7 @@ STORIES = """
 1 otter | slid in on its belly | whistled | a fresh fish
 1 beetle | crawled in on six legs | buzzed | a crumb of sugar
 1 weasel | slipped in like a piece of string | hissed | a bit of bacon
-1 turtle | walked in, slowly but surely | mumbled | a leaf of lettuce
+1 turtle | walked in slowly but surely | mumbled | a leaf of lettuce
 
 @riddles: name | answer
 What has hands but cannot clap? | A clock
@@ -611,15 +611,15 @@ What is full of holes but still holds water? | A sponge
 What has ears but hears nothing? | A field of corn
 
 @noises: name | maker | busy | gift
-2 Tap, tap, tap | woodpecker | looking for beetles in the wood | a speckled feather
-2 Crunch, crunch | hedgehog | eating the last of the biscuits | a shiny beetle
-2 Hoo, hoo | baby owl | practising its very first song | a soft grey feather
-1 Clink, clink | magpie | counting stolen spoons | a silver spoon
-1 Squeak, squeak | mouse | riding on a rusty toy train | a piece of cheese
-1 Flap, flap | bat | hanging up its washing | a tiny clean sock
-1 Rumble, rumble | badger | snoring with its mouth open | a funny snore
-1 Drip, drip | frog | taking a shower under the pipe | a water lily
-1 Scratch, scratch | kitten | sharpening its claws on a chair | a ball of wool
+2 Tap, tap, tap | woodpecker | looking for beetles in the wood | speckled feather
+2 Crunch, crunch | hedgehog | eating the last of the biscuits | shiny beetle
+2 Hoo, hoo | baby owl | practising its very first song | soft grey feather
+1 Clink, clink | magpie | counting stolen spoons | silver spoon
+1 Squeak, squeak | mouse | riding on a rusty toy train | piece of cheese
+1 Flap, flap | bat | hanging up its washing | tiny clean sock
+1 Rumble, rumble | badger | snoring with its mouth open | funny snore
+1 Drip, drip | frog | taking a shower under the pipe | water lily
+1 Scratch, scratch | kitten | sharpening its claws on a chair | ball of wool
 
 @rooms: name
 2 under the bed
@@ -644,16 +644,16 @@ What has ears but hears nothing? | A field of corn
 1 vampire
 
 @traders: name | goods | place
-2 baker | a plum cake | in a shop that smelled of sugar
-2 beekeeper | a jar of honey | among the humming hives
-2 potter | a painted cup | at the turning wheel
-1 gardener | a pot of lavender | between the bean poles
-1 weaver | a woollen shawl | at the big loom
-1 shoemaker | a pair of slippers | on a three-legged stool
-1 fisherman | a string of shells | in a boat full of nets
-1 carpenter | a wooden spoon | under a cloud of sawdust
-1 miller | a bag of flour | below the creaking sails
-1 farmer | a basket of eggs | in the middle of the hens
+2 baker | plum cake | in a shop that smelled of sugar
+2 beekeeper | jar of honey | among the humming hives
+2 potter | painted cup | at the turning wheel
+1 gardener | pot of lavender | between the bean poles
+1 weaver | woollen shawl | at the big loom
+1 shoemaker | pair of slippers | on a three-legged stool
+1 fisherman | string of shells | in a boat full of nets
+1 carpenter | wooden spoon | under a cloud of sawdust
+1 miller | bag of flour | below the creaking sails
+1 farmer | basket of eggs | in the middle of the hens
 
 @shows: name | did
 2 sing me a song | sang a song about a whale
@@ -696,7 +696,7 @@ What has ears but hears nothing? | A field of corn
 
 @thieves: name | animal | part | excuse
 2 a long blue feather | peacock | feathers | I only wanted to look beautiful while eating
-2 a silver trail | snail | silver trail | I was on my way for three days and very hungry
+2 a silver trail of slime | snail | slime | I was on my way for three days and very hungry
 2 a tuft of white wool | lamb | wool | I thought it was grass
 1 a milky paw print | cat | milk on my paws | I was only cleaning the dishes
 1 a pile of wood chips | woodchuck | wood chips | I wanted to taste the table
@@ -969,12 +969,12 @@ The {helper} {helper.how} and (came back with|brought back|returned with) the {c
     They both laughed until the (windows|cups|stairs) shook. <share>
 
 = share
-2 They (shared|ate|finished) the {treat} from supper, and the {noise.maker} gave {hero} {noise.gift}.¶<bed>
-1 {Hero} let the {noise.maker} play with the {color} {toy}, and in return {he} got {noise.gift}.¶<bed>
+2 They (shared|ate|finished) the {treat} from supper, and the {noise.maker} gave {hero} a {noise.gift}.¶<bed>
+1 {Hero} let the {noise.maker} play with the {color} {toy}, and in return {he} got a {noise.gift}.¶<bed>
 
 = bed
 2 After that, whenever {he} heard "{noise}" {room}, {hero} only smiled and turned over. <moral>
-1 When it was quiet again, {hero} put {noise.gift} next to the {color} {toy}. <moral>
+1 When it was quiet again, {hero} put the {noise.gift} next to the {color} {toy}. <moral>
 
 = quarrel
 {hero} was playing with the {color} {toy}. <aside> A (tall|round|friendly|bored|freckled|lonely) <pal:kinds>
@@ -1038,8 +1038,8 @@ At last {hero} found the {thief.animal}, (under the table|behind a tree|fast asl
 
 = birthday
 {Hero} wanted to give {family.him} something (special|wonderful|lovely|unusual|useful|splendid). {He} found the
-    <mood> <first:traders> {first.place}.¶"May I have {first.goods}?" asked {hero} <how>.¶
-    "<yes>" said the {first}, "but first I need something from the <second:traders>: {second.goods}."¶
+    <mood> <first:traders> {first.place}.¶"May I have a {first.goods}?" asked {hero} <how>.¶
+    "<yes>" said the {first}, "but first I need something from the <second:traders>: a {second.goods}."¶
     So {hero} went on, past a <sight:sights> and a <next:sights>, and found the <mood> {second} {second.place}.
     <deal>
 
@@ -1049,25 +1049,25 @@ At last {hero} found the {thief.animal}, (under the table|behind a tree|fast asl
 1 Why not,
 
 = deal
-2 "You may have {second.goods}," said the {second}, "if you <show:shows>."¶
-    {Hero} {show.did}. The {second} (smiled|laughed|clapped|nodded|sighed|bowed) and gave {him} {second.goods}.
+2 "You may have a {second.goods}," said the {second}, "if you <show:shows>."¶
+    {Hero} {show.did}. The {second} (smiled|laughed|clapped|nodded|sighed|bowed) and gave {him} the {second.goods}.
     <back>
-2 "I need something, too," said the {second}. "Go to the <third:traders> and ask for {third.goods}."¶
-    <aside> {Hero} found the <mood> {third} {third.place}. "You may have {third.goods}," said the {third}, "if you
+2 "I need something, too," said the {second}. "Go to the <third:traders> and ask for a {third.goods}."¶
+    <aside> {Hero} found the <mood> {third} {third.place}. "You may have a {third.goods}," said the {third}, "if you
     <show:shows>."¶
-    {Hero} {show.did}. The {third} (smiled|laughed|clapped|nodded|sighed|bowed) and gave {him} {third.goods}. The
-    {second} took {third.goods} and gave {him} {second.goods}. <back>
+    {Hero} {show.did}. The {third} (smiled|laughed|clapped|nodded|sighed|bowed) and gave {him} the {third.goods}.
+    The {second} took the {third.goods} and gave {him} the {second.goods}. <back>
 
 = back
-{Hero} walked back, past the {next} and the {sight}. The {first} took {second.goods} and gave {him}
+{Hero} walked back, past the {next} and the {sight}. The {first} took the {second.goods} and gave {him} the
     {first.goods}.¶<present>
 
 = present
-2 In the morning, {his} {family} unwrapped {first.goods}. "Where did you get this?" {family.he} asked.¶
+2 In the morning, {his} {family} unwrapped the {first.goods}. "Where did you get this?" {family.he} asked.¶
     "From the {first}," said {hero}, "(and it was a long way|and from the {second}, too|but that is a long story)."¶
     <evening>
-1 The next morning, {hero} put {first.goods} on the table, beside the {treat}. "For you, {family.call}!" {he}
-    <said>.¶<evening>
+1 The next morning, {hero} put the {first.goods} on the table, beside the {treat}. "For you, {family.call}!"
+    {he} <said>.¶<evening>
 
 = baby
 {hero} heard somebody crying. (Under a bush|Beside the road|Behind a fence|In a puddle|On the bottom
@@ -1231,7 +1231,7 @@ lonely
 1 Later, in the {kind.home} {where}, {hero} drew a picture of it all. <tell>
 
 = tell
-8 {He} took off {his} {wear} and dreamt of a <dream:dreams>, a <sweet:dreams> and the {color} {toy}. <moral>
+8 {Hero} took off {his} {wear} and dreamt of a <dream:dreams>, a <sweet:dreams> and the {color} {toy}. <moral>
 2 "That was a (good|long|strange|fine|lovely|busy) day," said {hero} <how>. <moral>
 1 {Hero} (laid|put|hid) the {color} {toy} under {his} pillow. <moral>
 1 "I am proud of you, {hero}," said {his} {family}. <moral>

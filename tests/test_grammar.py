@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 import lm.grammar
-from lm.grammar import SEPARATOR, STORIES, Grammar, Voice, log_probability, write_corpus
+from lm.grammar import STORIES, Grammar, Voice
 
 SMALL = """
 @who: name | he | him | his | kind
@@ -109,9 +109,10 @@ def test_sampling_is_the_same_everywhere():
     ]
 
 
-def test_parsing_a_story_finds_the_very_number_it_was_sampled_with(fast):
-    rng = random.Random(0)
-    for _ in range(2000):
+@pytest.mark.parametrize("num_stories", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_parsing_a_story_finds_the_very_number_it_was_sampled_with(fast, num_stories):
+    rng = random.Random(num_stories)
+    for _ in range(num_stories):
         story, log_prob = fast.stories().sample(rng)
         assert fast.log_probability(story) == log_prob
 
@@ -196,15 +197,15 @@ def test_options_that_only_memory_tells_apart_are_fine():
     Grammar("@t: name | he\nAnn | She\nBob | He\n= story\n<x:t> <n>\n= n\n{x} won\n{x.he} won")
 
 
-def test_a_corpus_file_is_reproducible_and_its_entropy_is_exact(tmp_path):
-    record = write_corpus(tmp_path / "a.txt", 30_000, seed=11)
-    assert write_corpus(tmp_path / "b.txt", 30_000, seed=11) == record
-    write_corpus(tmp_path / "c.txt", 30_000, seed=12)
+def test_a_corpus_file_is_reproducible_and_its_entropy_is_exact(fast, tmp_path):
+    record = fast.write_corpus(tmp_path / "a.txt", 30_000, seed=11)
+    assert fast.write_corpus(tmp_path / "b.txt", 30_000, seed=11) == record
+    fast.write_corpus(tmp_path / "c.txt", 30_000, seed=12)
     data = (tmp_path / "a.txt").read_bytes()
     assert data == (tmp_path / "b.txt").read_bytes() != (tmp_path / "c.txt").read_bytes()
-    *documents, rest = data.decode().split(SEPARATOR)
+    *documents, rest = data.decode().split(fast.SEPARATOR)
     assert rest == ""
     assert (record["num_bytes"], record["num_documents"]) == (len(data), len(documents))
     assert 30_000 <= len(data) < 33_000
-    bits = -math.fsum(map(log_probability, documents)) / math.log(2)
+    bits = -math.fsum(map(fast.log_probability, documents)) / math.log(2)
     assert record["entropy_bits_per_byte"] == pytest.approx(bits / len(data), rel=1e-12)
