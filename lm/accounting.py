@@ -20,6 +20,7 @@ from lm.model import TransformerConfig
 
 Rules = Literal["2025", "2026"]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
+DeviceType = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "tf32", "bfloat16", "float16"]
 
 # Layers, d_model, heads.
@@ -175,13 +176,63 @@ def adamw_flops(config: TransformerConfig) -> int:
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
+# Logits that exist at a time, and scores per block of attention computed in blocks: as in lm/gradients.py.
+_LOGITS, _BLOCK_HEADS, _BLOCK_QUERIES = 2**25, 32, 64
+
+
 @dataclass(frozen=True)
 class Memory:
-    """A part of a training step's memory: what it is, its number of elements as a formula, and its bytes."""
+    """A part of a training step's memory: what it is, its number of elements as a formula and a number, their size."""
 
     name: str
-    elements: str
-    num_bytes: int
+    formula: str
+    num_elements: int
+    bytes_per_element: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Elements times size."""
+        return self.num_elements * self.bytes_per_element
+
+
+def kept_by_block(
+    config: TransformerConfig,
+    batch_size: int = 1,
+    context_length: int | None = None,
+    precision: Precision = "32-true",
+    device_type: DeviceType = "cpu",
+) -> list[Memory]:
+    """What one block's forward pass keeps for its backward pass, run eagerly.
+
+    A compiled step keeps less: the compiler computes cheap things twice.
+    """
+    t = config.context_length if context_length is None else context_length
+    d, f, heads = config.d_model, config.d_ff, config.num_heads
+    tokens = batch_size * t
+    wide, narrow = _bytes(precision)
+    normed = 0 if config.norm == "none" and precision == "32-true" else 2
+    if precision == "bf16-mixed" and config.ffn == "swiglu":
+        normed += 1  # autocast converts the input of w1 and that of w3, the same tensor, each for itself
+    parts = [
+        Memory("residual stream", "2·BTd", 2 * tokens * d, wide),
+        Memory("inputs of the products", f"{normed}·BTd", normed * tokens * d, narrow),
+        Memory("queries, keys, values", "3·BTd", 3 * tokens * d, narrow),
+    ]
+    if in_blocks(config, precision, device_type):
+        mixed = 4 if config.attention == "fused" else 2
+        parts.append(Memory("mixed values", f"{mixed}·BTd", mixed * tokens * d, narrow))
+        parts.append(Memory("log sum exp of the scores", "BhT", batch_size * heads * t, 4))
+    else:
+        scores = batch_size * heads * t * t
+        parts.append(Memory("mixed values", "BTd", tokens * d, narrow))
+        parts.append(Memory("attention scores and exponentials", "2·BhT²", 2 * scores, 4))
+        parts.append(Memory("attention weights", "BhT²", scores, narrow))
+    parts.append(Memory("feed-forward", "3·BTf", 3 * tokens * f, narrow))
+    if precision == "bf16-mixed":
+        parts.append(Memory("weights in bfloat16", "block", _block_parameters(config), 2))
+    else:
+        parts.append(Memory("joined query, key, value weights", "3·d²", 3 * d * d, narrow))
+    return parts
 
 
 def activations(
@@ -189,27 +240,24 @@ def activations(
     batch_size: int = 1,
     context_length: int | None = None,
     precision: Precision = "32-true",
+    device_type: DeviceType = "cpu",
 ) -> list[Memory]:
-    """What the forward pass keeps for the backward pass, by part, over all layers.
+    """What a forward pass keeps for the backward pass: the blocks' parts, and those at the head.
 
-    With activation checkpointing, the inputs of all blocks and the inside of the one that is being computed again.
+    With activation checkpointing, the inputs of all blocks and the inside of the one that is being computed again. The
+    loss keeps no logits but the gradient of its input (`lm.functional.linear_cross_entropy`).
     """
     t = config.context_length if context_length is None else context_length
-    tokens, d, f = batch_size * t, config.d_model, config.d_ff
-    wide, narrow = (2 if precision == "bf16-true" else 4), (4 if precision == "32-true" else 2)
-    layers, times = (1, "") if config.activation_checkpointing else (config.num_layers, " · L")
-    scores = batch_size * config.num_heads * t * t
-    gate = 5 if config.ffn == "swiglu" else 3
-    parts = [
-        Memory(f"residual stream, 2{times} + 1", "BTd", (2 * layers + 1) * tokens * d * wide),
-        Memory(f"norms, 2{times} + 1", "2·BTd", (2 * layers + 1) * tokens * d * (4 + narrow)),
-        Memory(f"query, key, value, mixed values{times}", "4·BTd", layers * 4 * tokens * d * narrow),
-        Memory(f"attention scores, exponentials, weights{times}", "3·BhT²", layers * scores * (8 + narrow)),
-        Memory(f"feed-forward{times}", f"{gate}·BTf", layers * gate * tokens * f * narrow),
-        Memory("logits, exponentials, shifted logits", "3·BTV", 3 * tokens * config.vocab_size * 4),
-    ]
+    tokens, d, layers = batch_size * t, config.d_model, config.num_layers
+    wide, _ = _bytes(precision)
+    parts = []
     if config.activation_checkpointing:
-        parts.insert(0, Memory("inputs of the blocks · L", "BTd", config.num_layers * tokens * d * wide))
+        parts.append(Memory("inputs of the blocks", "L·BTd", layers * tokens * d, wide))
+        layers = 1
+    for part in kept_by_block(config, batch_size, context_length, precision, device_type):
+        formula = part.formula if config.activation_checkpointing else f"L·{part.formula}"
+        parts.append(dataclasses.replace(part, formula=formula, num_elements=layers * part.num_elements))
+    parts.append(Memory("last residual stream and its gradient", "2·BTd", 2 * tokens * d, wide))
     return parts
 
 
@@ -218,15 +266,18 @@ def training_memory(
     batch_size: int = 1,
     context_length: int | None = None,
     precision: Precision = "32-true",
+    device_type: DeviceType = "cpu",
 ) -> list[Memory]:
-    """Parameters, gradients, optimizer state and activations of a training step on one device."""
-    size = 2 if precision == "bf16-true" else 4
-    n = num_parameters(config)
+    """Parameters, gradients, optimizer state and activations of a training step on one device.
+
+    The peak is less than their sum: activations are freed while gradients come (`training_memory_bytes`).
+    """
+    size, n = _bytes(precision)[0], num_parameters(config)
     return [
-        Memory("parameters", "P", n * size),
-        Memory("gradients", "P", n * size),
-        Memory("AdamW's two moments", "2·P", 2 * n * size),
-        *activations(config, batch_size, context_length, precision),
+        Memory("parameters", "P", n, size),
+        Memory("gradients", "P", n, size),
+        Memory("AdamW's two moments", "2·P", 2 * n, size),
+        *activations(config, batch_size, context_length, precision, device_type),
     ]
 
 
@@ -235,9 +286,55 @@ def training_memory_bytes(
     batch_size: int = 1,
     context_length: int | None = None,
     precision: Precision = "32-true",
+    device_type: DeviceType = "cpu",
 ) -> int:
-    """Peak memory of a training step on one device, in bytes."""
-    return sum(part.num_bytes for part in training_memory(config, batch_size, context_length, precision))
+    """Peak memory of a training step on one device, in bytes: the greatest of four moments.
+
+    The loss, with its logits; the backward pass through the top block; that through the bottom block, when most
+    gradients are there; the update, with all of them. Run eagerly; a compiled step needs less.
+    """
+    t = config.context_length if context_length is None else context_length
+    tokens, d, f = batch_size * t, config.d_model, config.d_ff
+    wide, narrow = _bytes(precision)
+    stream, head, everything = tokens * d * wide, config.vocab_size * d * wide, num_parameters(config) * wide
+    block_gradients = _block_parameters(config) * wide
+    kept = [part.num_bytes for part in activations(config, batch_size, context_length, precision, device_type)]
+    block = sum(part.num_bytes for part in kept_by_block(config, batch_size, context_length, precision, device_type))
+
+    rows = min(tokens, max(1, _LOGITS // config.vocab_size))
+    logits = rows * config.vocab_size * (4 if precision == "32-true" else 6)
+    not_yet = block if config.activation_checkpointing else 0
+    loss = sum(kept) - not_yet + stream + logits + head * (1 if rows == tokens else 2)
+
+    feed_forward = 3 * tokens * f * narrow + stream + d * f * wide
+    if in_blocks(config, precision, device_type):
+        rows_at_once = min(batch_size * config.num_heads, _BLOCK_HEADS) * min(t, _BLOCK_QUERIES)
+        attention = 2 * rows_at_once * t * 4 + 3 * stream
+    else:
+        attention = 16 * batch_size * config.num_heads * t * t  # four tensors of scores in float32
+    attention += block_gradients - 3 * tokens * f * narrow
+    inside = max(feed_forward, attention)
+    top = sum(kept) + head + inside
+    above = (config.num_layers - 1) * block_gradients
+    bottom = 2 * stream + block + head + above + inside
+
+    update = everything + (head if config.head == "tied" else 0)
+    return 3 * everything + max(loss, top, bottom, update)
+
+
+def in_blocks(config: TransformerConfig, precision: Precision, device_type: DeviceType) -> bool:
+    """Whether attention never holds all its scores at once."""
+    return config.attention == "fused" or (device_type == "cpu" and precision == "32-true")
+
+
+def _bytes(precision: Precision) -> tuple[int, int]:
+    """Bytes of a number in parameters and residual stream, and of one in the matrix products."""
+    return (2 if precision == "bf16-true" else 4), (4 if precision == "32-true" else 2)
+
+
+def _block_parameters(config: TransformerConfig) -> int:
+    matrices = 3 if config.ffn == "swiglu" else 2
+    return 4 * config.d_model**2 + matrices * config.d_model * config.d_ff
 
 
 def largest_batch(
@@ -245,12 +342,13 @@ def largest_batch(
     memory_bytes: float | int,
     context_length: int | None = None,
     precision: Precision = "32-true",
+    device_type: DeviceType = "cpu",
 ) -> int:
     """The most sequences per step that fit in `memory_bytes`; 0 when not even one does."""
     largest = 0
     bit = 1 << 40
     while bit:
-        if training_memory_bytes(config, largest + bit, context_length, precision) <= memory_bytes:
+        if training_memory_bytes(config, largest + bit, context_length, precision, device_type) <= memory_bytes:
             largest += bit
         bit >>= 1
     return largest
@@ -342,6 +440,7 @@ def account(
     """All figures of one model, as plain values; arguments as of `run`."""
     forward = forward_flops(config, batch_size)
     peak = peak_flops(device, dtype)
+    device_type: DeviceType = "cpu" if peak is None else "cuda"
     seconds = training_seconds(config, num_tokens, peak, mfu) if num_tokens and peak else None
     return {
         "config": asdict(config),
@@ -357,10 +456,13 @@ def account(
         "forward_backward_flops": 3 * forward,
         "flops_per_token": flops_per_token(config),
         "adamw_flops": adamw_flops(config),
-        "memory": [asdict(part) for part in training_memory(config, batch_size, precision=precision)],
-        "memory_bytes": training_memory_bytes(config, batch_size, precision=precision),
+        "memory": [
+            {**asdict(part), "num_bytes": part.num_bytes}
+            for part in training_memory(config, batch_size, precision=precision, device_type=device_type)
+        ],
+        "memory_bytes": training_memory_bytes(config, batch_size, precision=precision, device_type=device_type),
         "memory_gb": memory_gb,
-        "largest_batch": largest_batch(config, memory_gb * 1e9, precision=precision),
+        "largest_batch": largest_batch(config, memory_gb * 1e9, precision=precision, device_type=device_type),
         "device": device,
         "dtype": dtype,
         "peak_flops": peak,
@@ -447,10 +549,12 @@ def _print_page(name: str, page: dict[str, Any]) -> None:
         f"one AdamW update {page['adamw_flops']:.4g} (14 per parameter)\n"
     )
 
-    memory = [(m["name"], m["elements"], f"{m['num_bytes'] / 1e9:,.3f}") for m in page["memory"]]
-    memory.append(("peak", "", f"{page['memory_bytes'] / 1e9:,.3f}"))
+    memory = [
+        (m["name"], m["formula"], str(m["bytes_per_element"]), f"{m['num_bytes'] / 1e9:,.3f}") for m in page["memory"]
+    ]
+    memory.append(("peak", "", "", f"{page['memory_bytes'] / 1e9:,.3f}"))
     title = f"Memory of a training step, {page['precision']}, batch size {page['batch_size']}"
-    console.print(_table(title, ["part", "elements", "GB"], memory))
+    console.print(_table(title, ["part", "elements", "bytes each", "GB"], memory))
     console.print(f"largest batch in {page['memory_gb']:g} GB: {page['largest_batch']:,} sequences\n")
 
     if page["days"] is None:

@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lm import accounting
 from lm.accounting import named_config
+from lm.bench import peak_memory
 from lm.functional import cross_entropy
 from lm.model import TransformerConfig, TransformerLM
+from lm.optim import AdamW, clip_gradients
 
 SMALL = TransformerConfig(vocab_size=300, context_length=32, num_layers=3, num_heads=4, d_model=48, d_ff=128)
 VARIANTS = [
@@ -103,6 +105,58 @@ def test_bad_names_and_shares() -> None:
         named_config("gpt3")
     with pytest.raises(ValueError, match="mfu=0"):
         accounting.training_seconds(SMALL, 1e6, 1e12, mfu=0)
+
+
+# -------------------------------------------------------------------------------------------------------- the memory
+
+MEMORY = TransformerConfig(vocab_size=1000, context_length=128, num_layers=4, num_heads=4, d_model=64, d_ff=192)
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch_size", "precision"),
+    [
+        ({}, 8, "32-true"),
+        ({}, 8, "bf16-mixed"),
+        pytest.param({}, 8, "bf16-true", marks=pytest.mark.slow),
+        ({"vocab_size": 8000}, 8, "32-true"),
+        pytest.param({"vocab_size": 8000}, 8, "bf16-mixed", marks=pytest.mark.slow),
+        ({"context_length": 512}, 3, "32-true"),
+        pytest.param({"context_length": 512}, 3, "bf16-mixed", marks=pytest.mark.slow),
+        pytest.param({"num_layers": 12, "vocab_size": 200}, 4, "32-true", marks=pytest.mark.slow),
+        pytest.param(
+            {"num_layers": 12, "vocab_size": 200, "activation_checkpointing": True},
+            8,
+            "32-true",
+            marks=pytest.mark.slow,
+        ),
+        ({"activation_checkpointing": True}, 8, "bf16-mixed"),
+        ({"d_model": 256, "d_ff": 704, "num_heads": 8}, 1, "32-true"),  # parameters outweigh activations
+        ({"ffn": "silu", "d_ff": 512}, 8, "32-true"),
+        pytest.param({"head": "tied", "norm": "post"}, 8, "32-true", marks=pytest.mark.slow),
+        pytest.param({"norm": "none", "position": "none"}, 8, "32-true", marks=pytest.mark.slow),
+        pytest.param({"attention": "fused"}, 8, "32-true", marks=pytest.mark.slow),
+        pytest.param({"attention": "fused"}, 8, "bf16-mixed", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_peak_memory_is_within_ten_percent(changes: dict, batch_size: int, precision: accounting.Precision) -> None:
+    config = dataclasses.replace(MEMORY, **changes)
+    model = TransformerLM(config, dtype=torch.bfloat16 if precision == "bf16-true" else None)
+    optimizer = AdamW(model.parameters())
+    token_ids = torch.randint(config.vocab_size, (batch_size, config.context_length))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = model(token_ids, targets=token_ids)
+        loss.backward()
+        clip_gradients(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # the moments come into being
+    resident = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    measured = resident + peak_memory(step, torch.device("cpu"))
+    assert accounting.training_memory_bytes(config, batch_size, precision=precision) == pytest.approx(measured, rel=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
