@@ -415,9 +415,8 @@ def _values(a: Part, b: Part, records: dict[str, list[Record]]) -> Iterator[tupl
     texts_a, texts_b = _texts(a, records), _texts(b, records)
     if isinstance(a, Slot) and isinstance(b, Slot) and a.name == b.name:
         return ((x, y) for (_, x), (_, y) in zip(texts_a, texts_b, strict=True))  # two columns of one record
-    return (
-        (x, y) for (one, x), (other, y) in product(texts_a, texts_b) if one is not other
-    )  # not in two slots at once
+    # no record is in two slots at once
+    return ((x, y) for (one, x), (other, y) in product(texts_a, texts_b) if one is not other)
 
 
 def _texts(part: Part, records: dict[str, list[Record]]) -> list[tuple[Record | Part, str]]:

@@ -167,7 +167,7 @@ def run(
         )
         print(f"{directory / record['file']}: {counts} ({rate:.2f} bytes each)")
         if "entropy_bits_per_byte" in record:
-            print(f"  no model can do better than {record['entropy_bits_per_byte']:.4f} bits per byte on it")
+            print(f"  entropy floor: {record['entropy_bits_per_byte']:.4f} bits per byte")
 
 
 def dataset_name(text: str | os.PathLike[str]) -> str:

@@ -274,7 +274,7 @@ def test_dataset_names(path, name):
 def test_command_reports_what_is_there(data, capsys):
     run("builtin", data_dir=data, vocab_size=300)
     out = capsys.readouterr().out
-    assert "train.npy: 30," in out and "no model can do better than 0.0" in out
+    assert "train.npy: 30," in out and "entropy floor: 0.0" in out
 
 
 CHILD = """
