@@ -6,16 +6,27 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lm import gradients as gradients_by_hand
 from lm.functional import (
     causal_attention,
     cross_entropy,
+    gated_silu,
+    linear_cross_entropy,
     perplexity,
+    rms_norm,
     scaled_dot_product_attention,
     silu,
     softmax,
 )
 
 EXTREMES = [1.0, 1e4]
+
+
+@pytest.fixture(autouse=True, params=["by hand", "formula"])
+def path(request, monkeypatch):
+    """Each test runs with the gradients derived by hand, and on the formulas that torch.compile sees."""
+    if request.param == "formula":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
 def gradients(output, *inputs):
@@ -49,6 +60,20 @@ def test_silu_equals_torch(scale):
     x = (torch.randn(5, 6) * scale).requires_grad_()
     torch.testing.assert_close(silu(x), F.silu(x))
     torch.testing.assert_close(gradients(silu(x), x), gradients(F.silu(x), x))
+
+
+def test_gated_silu_equals_torch():
+    a, b = (torch.randn(2, 5, 6, requires_grad=True) for _ in range(2))
+    torch.testing.assert_close(gated_silu(a, b), F.silu(a) * b)
+    torch.testing.assert_close(gradients(gated_silu(a, b), a, b), gradients(F.silu(a) * b, a, b))
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)])
+def test_rms_norm_equals_torch(shape):
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(8, requires_grad=True)
+    ours, theirs = rms_norm(x, weight, 1e-3), F.rms_norm(x, (8,), weight, 1e-3)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(ours, x, weight), gradients(theirs, x, weight))
 
 
 def random_qkv(*batch, queries=5, keys=7, d_k=8, d_v=6):
@@ -126,6 +151,33 @@ def test_cross_entropy_reduces_bfloat16_in_float32():
     torch.testing.assert_close(loss, F.cross_entropy(logits.float(), targets))
     (gradient,) = torch.autograd.grad(loss, logits)
     assert gradient.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("held", [1, 100, 2**25])
+@pytest.mark.parametrize("batch", [(), (6,), (2, 35)])
+def test_linear_cross_entropy_equals_cross_entropy_of_the_logits(batch, held, monkeypatch):
+    monkeypatch.setattr(gradients_by_hand, "LOGITS", held)
+    hidden, weight = torch.randn(*batch, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    targets = torch.randint(20, batch)
+    ours = linear_cross_entropy(hidden, weight, targets)
+    theirs = F.cross_entropy((hidden @ weight.T).reshape(-1, 20), targets.reshape(-1))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(3 * ours, hidden, weight), gradients(3 * theirs, hidden, weight))
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), ours)
+
+
+def test_linear_cross_entropy_under_autocast_is_near_float32():
+    hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(100, 32, requires_grad=True)
+    targets = torch.randint(100, (64,))
+    exact = linear_cross_entropy(hidden, weight, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = linear_cross_entropy(hidden, weight, targets)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.01, atol=0)
+    for a, b in zip(gradients(rough, hidden, weight), gradients(exact, hidden, weight), strict=True):
+        assert a.dtype == torch.float32
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
 
 
 def test_perplexity_is_the_number_of_equally_likely_tokens():
