@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -426,9 +427,12 @@ def _alone(directory: Path) -> Iterator[None]:
         yield
         return
     with open(directory / ".lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for _ in range(20):  # the ranks of a run come here together, and are done in no time
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.1)
+        else:
             print(f"prepare: waiting for another process that prepares {directory}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         for stray in directory.rglob(".*.[0-9]*.part"):  # of a process that was killed in `atomic_write`
