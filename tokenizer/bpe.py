@@ -376,10 +376,16 @@ class CompiledTokenizer:
     """The kernels with the tables of one tokenizer; safe to use from several threads, one at a time."""
 
     SCRATCH = 1 << 18  # bytes of text for which the arrays are kept from call to call
+    SHORT = 1 << 10  # bytes of text up to which the call itself matters
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         # All of the cache at once, so that encoding takes no more memory later.
         self.encoder = BytesEncoder(tokenizer, first_slots=1 << 17, max_slots=1 << 17)
+        from tokenizer.kernels import encode as kernels
+
+        self._encode_known = kernels.encode_known
+        self._classes = pretokenize.unicode_classes()
+        self._special_tokens = tokenizer.special_tokens
         self._lock = threading.Lock()
         self._starts = np.empty(self.SCRATCH + 1, np.uint32)
         self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
@@ -399,6 +405,10 @@ class CompiledTokenizer:
         buffer = np.frombuffer(data + PADDING_BYTES, np.uint8)
         with self._lock:
             starts, ids = self._starts, self._ids
+            if size <= self.SHORT and not any(token in text for token in self._special_tokens):
+                count = self._encode_known(buffer, size, self._classes, self.encoder.slots, starts, ids)
+                if count >= 0:
+                    return ids[:count].tolist()
             if size > self.SCRATCH:
                 starts, ids = np.empty(size + 1, np.uint32), np.empty(size + 3, self._dtype)
             count = self.encoder.encode(buffer, size, starts, ids)
@@ -455,6 +465,11 @@ class BytesEncoder:
         self._specials = pretokenize.special_token_arrays(tokenizer.special_tokens)
         self._special_ids = np.array([tokenizer.special_ids[token] for token in tokenizer.special_tokens], np.uint32)
         self._cache = self._empty_cache(self._first_words)
+
+    @property
+    def slots(self) -> NDArray[np.uint64]:
+        """The table of the cache."""
+        return self._cache.slots
 
     def _empty_cache(self, words: int) -> Any:
         cache = self._kernels.Cache(np.empty(words, np.uint64), np.empty(words // 2, np.uint32), np.zeros(2, np.int64))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.kernels.machine import NONE, ONE, kernel, load_word, prefetch
+from tokenizer.kernels.machine import NONE, ONE, copy_16_bytes, kernel, load_word, prefetch
 from tokenizer.kernels.scan import SpecialTokens, find_special_token, scan
 
 Word = np.uint64
@@ -233,6 +233,15 @@ def hash_bytes(text: NDArray[np.uint8], begin: int, length: int) -> Word:
 
 
 @kernel
+def key_of(text: NDArray[np.uint8], begin: int, length: int) -> tuple[Word, Word]:
+    """The key of a pre-token: its bytes and their number, or the hash and length of a long one."""
+    if length <= INLINE_BYTES:
+        low = load_word(text, begin) & LOW_MASKS[length]
+        return low, (load_word(text, begin + 8) & HIGH_MASKS[length]) | (Word(length) << Word(56))
+    return hash_bytes(text, begin, length), LONG | Word(length)
+
+
+@kernel
 def slot_of(low: Word, high: Word, slots: NDArray[np.uint64]) -> Word:
     """Index in `slots` where the search for a key begins."""
     value = low * MULTIPLIER + high * MIXER
@@ -335,12 +344,7 @@ def encode_pretokens(
         for i in range(size):
             begin = np.int64(starts[first + i])
             length = np.int64(starts[first + i + 1]) - begin
-            if length <= INLINE_BYTES:
-                lows[i] = load_word(text, begin) & LOW_MASKS[length]
-                highs[i] = (load_word(text, begin + 8) & HIGH_MASKS[length]) | (Word(length) << Word(56))
-            else:
-                lows[i] = hash_bytes(text, begin, length)
-                highs[i] = LONG | Word(length)
+            lows[i], highs[i] = key_of(text, begin, length)
             homes[i] = slot_of(lows[i], highs[i], slots)
             prefetch(slots, np.int64(homes[i]) * 8)
         for i in range(size):
@@ -372,6 +376,40 @@ def encode_pretokens(
                 if length <= MAX_CACHED_BYTES:
                     store(text, begin, length, work.ids, number, low, high, slot, cache)
                 count += number
+    return count
+
+
+@kernel
+def encode_known(
+    text: NDArray[np.uint8],
+    end: int,
+    classes: NDArray[np.uint8],
+    slots: NDArray[np.uint64],
+    starts: NDArray[np.uint32],
+    out: NDArray[np.uint32],
+) -> np.int64:
+    """Write the ids of text[:end] to `out` if the cache has all of its pre-tokens inline; their number, or -1.
+
+    For short texts, of which most are made of known words: it takes few arguments, for each costs time at the call.
+    """
+    num_pretokens = scan(text, 0, end, classes, starts, 0)
+    starts[num_pretokens] = end
+    count = np.int64(0)
+    for i in range(num_pretokens):
+        begin = np.int64(starts[i])
+        low, high = key_of(text, begin, np.int64(starts[i + 1]) - begin)
+        slot = slot_of(low, high, slots)
+        while slots[slot] != low or slots[slot + ONE] != high:
+            if slots[slot + ONE] == NONE:
+                return np.int64(-1)
+            slot = (slot + Word(SLOT)) & Word(len(slots) - SLOT)
+        number = np.int64(slots[slot + Word(3)] >> HALF)
+        if number > INLINE_IDS:
+            return np.int64(-1)
+        out[count] = slots[slot + Word(2)] & LOW_HALF
+        out[count + 1] = slots[slot + Word(2)] >> HALF
+        out[count + 2] = slots[slot + Word(3)] & LOW_HALF
+        count += number
     return count
 
 
@@ -476,7 +514,6 @@ def decode_ids(
     for token_id in ids:
         begin = token_ends[token_id]
         length = token_ends[token_id + 1] - begin
-        for first in range(0, length, 16):
-            for i in range(16):  # a constant number of bytes is one move; the surplus is overwritten by the next token
-                out[end + first + i] = token_bytes[begin + first + i]
+        for first in range(0, length, 16):  # what is copied beyond the token is overwritten by the next
+            copy_16_bytes(out, end + first, token_bytes, begin + first)
         end += length

@@ -98,6 +98,22 @@ def load_word(typing_context: Any, array: Any, position: Any) -> Any:
 
 
 @instruction
+def copy_16_bytes(typing_context: Any, target: Any, to: Any, source: Any, position: Any) -> Any:
+    """Copy 16 bytes of `source` from byte `position` on to byte `to` of `target`, at any alignment."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        block = ir.VectorType(BYTE, 16).as_pointer()
+        array = context.make_array(signature.args[2])(context, builder, arguments[2])
+        read_from = builder.gep(builder.bitcast(array.data, BYTE.as_pointer()), [arguments[3]])
+        value = builder.load(builder.bitcast(read_from, block), align=1)
+        write_to = _address(context, builder, signature, arguments)
+        builder.store(value, builder.bitcast(write_to, block), align=1)
+        return context.get_dummy_value()
+
+    return types.void(target, types.int64, source, types.int64), generate
+
+
+@instruction
 def lowest_bit(typing_context: Any, mask: Any) -> Any:
     """Position of the lowest set bit; 64 for 0."""
 
