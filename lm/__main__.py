@@ -47,6 +47,8 @@ def with_flags(tool: Callable[..., Any], args: list[str]) -> list[str]:
 def main(argv: list[str]) -> int:
     """Dispatch a command line; the exit code."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls names that 5 drops
+    # Threads that sleep while they wait: spinning ones lose ten times the speed on a machine that is not idle.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -66,9 +68,16 @@ def main(argv: list[str]) -> int:
     try:
         from jsonargparse import auto_cli, set_parsing_settings
 
+        from lm.options import ToolParser, explain, fail
+
         set_parsing_settings(parse_optionals_as_positionals=True)  # account gpt2-xl
         tool = getattr(importlib.import_module(module), name)
-        auto_cli(tool, args=with_flags(tool, argv[1:]), prog=f"python -m lm {command}")
+        args = with_flags(tool, argv[1:])
+        for word in args:  # a misspelt option would be taken for the value of the first positional
+            name = word.removeprefix("--").split("=")[0]
+            if word.startswith("--") and name not in {*inspect.signature(tool).parameters, "help", "config"}:
+                fail([explain(f"unrecognized arguments: {word}", list(inspect.signature(tool).parameters))])
+        auto_cli(tool, args=args, prog=f"python -m lm {command}", parser_class=ToolParser)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:

@@ -362,6 +362,9 @@ def dataset(trainer: Trainer) -> Any:
     return trainer.datamodule  # type: ignore[attr-defined]
 
 
+EXPECTED_MFU = 0.4  # share of the device's speed in matrix products that a training step reaches
+
+
 def hyperparameters(trainer: Trainer, module: LanguageModel) -> dict[str, Any]:
     """What makes the run, as one level of plain values."""
     sections = {
@@ -394,8 +397,8 @@ def header(trainer: Trainer, module: LanguageModel, control: RunControl) -> str:
         total = tokens_per_step * trainer.max_steps
         length += f", {total / 1e6:,.1f} M tokens in all ({total / parameters:,.1f} per parameter)"
         steps_left = trainer.max_steps - trainer.global_step
-        seconds = flops * tokens_per_step * steps_left / (matmul_flops(trainer) * trainer.world_size)
-        cost += f", at least {duration(seconds)} if the products alone took time"
+        seconds = flops * tokens_per_step * steps_left / (EXPECTED_MFU * matmul_flops(trainer) * trainer.world_size)
+        cost += f", about {duration(seconds)} at {EXPECTED_MFU:.0%} of the device's speed"
     lines = {
         "run": f"{control.directory}" + (f", from step {trainer.global_step:,}" if trainer.global_step else ""),
         "data": f"{data.directory}: " + ", ".join(f"{name} {num:,} tokens" for name, num in splits.items()),

@@ -1,0 +1,64 @@
+"""What is said about a wrong option: one line, with a guess at what was meant."""
+
+import difflib
+import os
+import re
+import sys
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+
+def fail(problems: list[str]) -> NoReturn:
+    """Leave with exit code 2 and one line per problem, said by the first rank alone."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def known_keys(parser: Any) -> list[str]:
+    """Every option of a parser and of its subcommands, by its dotted name."""
+    keys: list[str] = []
+    for action in parser._actions:
+        keys.append(action.dest)
+        for sub in (getattr(action, "_name_parser_map", None) or {}).values():
+            keys += known_keys(sub)
+    return sorted({key for key in keys if key not in ("help", "subcommand", "==SUPPRESS==")})
+
+
+def explain(message: str, keys: list[str]) -> str:
+    """A parser's message in one line, with the option or value that comes closest.
+
+    >>> explain("unrecognized arguments: --model.optimzer.lr 3", ["model.optimizer.lr", "data.seed"])
+    '--model.optimzer.lr is no option: did you mean --model.optimizer.lr?'
+    >>> explain("Parser key \"norm\":\\n Expected a typing.Literal['pre', 'post']. Got value: pres", [])
+    "norm: 'pres' must be one of pre, post: did you mean pre?"
+    """
+    unknown = re.search(r"unrecognized arguments: .*?(--[^\s=]+)", message)
+    unknown = unknown or re.search(r"does not accept option '(.*)'", message)
+    if unknown:
+        name = unknown[1].removeprefix("--")
+        close = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
+        hint = f"did you mean --{close[0]}?" if close else "`--help` lists what there is"
+        return f"--{name} is no option: {hint}"
+    bad = re.search(r'Parser key "([^"]+)":\s', message)
+    given = re.search(r"(?:Got value|Given value): (.*)", message)
+    if not (bad and given):
+        return " ".join(message.split())
+    literals = re.findall(r"Literal\[(.*?)\]", message)
+    choices = list(dict.fromkeys(choice.strip(" '") for literal in literals for choice in literal.split(",")))
+    if choices:
+        close = difflib.get_close_matches(given[1], choices, n=1)
+        hint = f": did you mean {close[0]}?" if close else ""
+        return f"{bad[1]}: {given[1]!r} must be one of {', '.join(choices)}{hint}"
+    types = list(dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message)))
+    return f"{bad[1]}: {given[1]!r} must be {' or '.join(types).replace('NoneType', 'null')}"
+
+
+class ToolParser(ArgumentParser):
+    """The parser of the commands that need no Trainer."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the line and leave with exit code 2."""
+        fail([explain(message, known_keys(self))])

@@ -1,0 +1,102 @@
+"""Every file in configs/ goes through the real command line; bases are complete, overrides are small."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lm.cli import CLI, default_configs, find_problems
+from lm.control import Signals
+
+ROOT = Path(__file__).parents[1]
+BASES = sorted(ROOT.glob("configs/*.yaml"))
+ABLATIONS = sorted(ROOT.glob("configs/ablations/*.yaml"))
+
+
+class ParseOnly(CLI):
+    """Parses and checks the settings, builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def make_cli(monkeypatch: pytest.MonkeyPatch) -> CLI:
+    monkeypatch.setattr("sys.argv", ["lm", "fit"])
+    return ParseOnly(time.monotonic(), Signals(), default_configs(["fit"]))
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CLI]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("cli"))
+        yield make_cli(patch)
+
+
+def parse(cli: CLI, *arguments: str) -> Any:
+    config = cli.parser.parse_args(["fit", *arguments]).fit
+    assert find_problems(config, "fit") == []
+    return config
+
+
+def leaves(settings: dict[str, Any], prefix: str = "") -> set[str]:
+    names = set()
+    for key, value in settings.items():
+        names |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
+    return names
+
+
+@pytest.mark.parametrize("path", BASES, ids=lambda path: path.stem)
+def test_every_base_parses_and_says_how_it_is_run(path: Path, cli: CLI) -> None:
+    config = parse(cli, "--config", str(path))
+    assert config.data.corpus == path.stem.split("_")[0]
+    head = path.read_text().split("\n\n")[0]
+    command = "python -m lm fit" if path.stem == "builtin" else f"python -m lm fit --config configs/{path.name}"
+    assert f"#   {command}" in head
+    assert "# Expected: " in head
+    assert "Wall-clock" in head or "max_minutes" in head
+
+
+@pytest.mark.parametrize("path", BASES, ids=lambda path: path.stem)
+def test_nothing_of_the_builtin_corpus_leaks_into_another_base(path: Path) -> None:
+    below = leaves(yaml.safe_load((ROOT / "configs/builtin.yaml").read_text()))
+    assert below - leaves(yaml.safe_load(path.read_text())) == set()
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_every_ablation_opens_with_its_question_and_changes_a_base(path: Path, cli: CLI) -> None:
+    base = str(ROOT / "configs/tinystories.yaml")
+    plain, changed = parse(cli, "--config", base), parse(cli, "--config", base, "--config", str(path))
+    own = leaves(yaml.safe_load(path.read_text()))
+    differing = {name for name in own if changed[name] != plain[name]}
+    assert differing == own or path.stem == "tied", "a setting that changes nothing"
+    assert "?" in path.read_text().split("\nmodel:")[0] or "meant" in path.read_text()
+    assert len(own) <= 5
+
+
+def test_files_merge_in_order_and_the_command_line_comes_last(cli: CLI, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("model: {optimizer: {lr: 0.5, eps: 0.1}}\ntrainer: {max_steps: 777}\n")
+    two.write_text("model: {optimizer: {lr: 0.25, weight_decay: 0.0}}\n")
+    config = parse(cli, "--config", str(one), "--config", str(two), "--model.optimizer.weight_decay", "0.125")
+    optimizer = config.model.optimizer
+    assert (optimizer.lr, optimizer.eps, optimizer.weight_decay, config.trainer.max_steps) == (0.25, 0.1, 0.125, 777)
+    assert config.model.transformer.d_model == 128, "configs/builtin.yaml lies below"
+
+
+def test_the_codes_own_defaults_are_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lm.cli.DEFAULT_CONFIG", tmp_path / "absent.yaml")
+    config = parse(make_cli(monkeypatch))
+    assert config.data.corpus == "builtin"
+    assert config.trainer.max_steps == 1000
+
+
+def test_validation_counts_updates_whatever_the_accumulation(cli: CLI) -> None:
+    config = parse(cli, "--run.validate_every_n_steps=50", "--trainer.accumulate_grad_batches=4")
+    assert config.trainer.val_check_interval == 200
