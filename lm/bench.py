@@ -68,11 +68,11 @@ class Setting:
 
 
 BASE = accounting.named_config("tinystories")
-DEMO = TransformerConfig(vocab_size=1024, context_length=128, num_layers=4, num_heads=4, d_model=128, d_ff=384)
+DEMO = TransformerConfig(1024, context_length=256, num_layers=3, num_heads=4, d_model=128, d_ff=344, head="tied")
 # 50,257 rounded up to a multiple of 128, as tensor cores like it
 SMALL_GPT2 = dataclasses.replace(accounting.named_config("gpt2-small"), vocab_size=50_304)
 SUITES: dict[str, list[Setting]] = {
-    "cpu": [Setting("demo", DEMO, 16, steps=10, rounds=9), Setting("base", BASE, 8, steps=1, rounds=9)],
+    "cpu": [Setting("demo", DEMO, 8, steps=25, rounds=7), Setting("base", BASE, 8, steps=1, rounds=9)],
     "gpu": [
         Setting("base, float32", BASE, 128, steps=20),
         Setting("base, bf16, compiled", BASE, 256, "bf16-mixed", compile=True, steps=50),
@@ -127,6 +127,8 @@ class BuiltinLM(nn.Module):
         self.blocks = nn.ModuleList(BuiltinBlock(config) for _ in range(config.num_layers))
         self.ln_final = nn.RMSNorm(config.d_model, eps=1e-5)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.head == "tied":
+            self.lm_head.weight = self.embedding.weight
         frequencies = config.rope_theta ** (-torch.arange(0, config.d_head, 2) / config.d_head)
         angles = torch.arange(config.context_length)[:, None] * frequencies
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -145,8 +147,12 @@ class BuiltinLM(nn.Module):
         """The same function with the same weights."""
         model = cls(ours.config)
         weights = ours.state_dict()
-        state = {f"{name}.weight": weights[f"{name}.weight"] for name in ("ln_final", "lm_head")}
-        state["embedding.weight"] = weights["token_embeddings.weight"]
+        embedding = weights["token_embeddings.weight"]
+        state = {
+            "embedding.weight": embedding,
+            "ln_final.weight": weights["ln_final.weight"],
+            "lm_head.weight": weights.get("lm_head.weight", embedding),
+        }
         for i in range(ours.config.num_layers):
             theirs, own = f"blocks.{i}", f"layers.{i}"
             qkv = [weights[f"{own}.attn.{name}_proj.weight"] for name in "qkv"]
@@ -172,6 +178,7 @@ def make_llama(config: TransformerConfig) -> nn.Module:
         "num_attention_heads": config.num_heads,
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": config.head == "tied",
         "attn_implementation": "sdpa",
     }
     return LlamaForCausalLM(LlamaConfig(**shape))
@@ -300,7 +307,10 @@ def fit_in_rounds(setting: Setting, directory: Path, device: torch.device, other
     Returns the seconds of each round of `setting.steps` steps.
     """
     import lightning.pytorch as pl
+    from lightning.pytorch.loggers import TensorBoardLogger
 
+    from lm.callbacks import MetricsLog, Progress
+    from lm.control import RunConfig, RunControl
     from lm.data import TokenDataModule
     from lm.module import LanguageModel
 
@@ -321,13 +331,8 @@ def fit_in_rounds(setting: Setting, directory: Path, device: torch.device, other
                 synchronize(device)
                 self.began = time.perf_counter()
 
-    module = LanguageModel(setting.model, compile=setting.compile)
-    data = TokenDataModule(
-        directory=str(directory),
-        context_length=setting.model.context_length,
-        batch_size=setting.batch_size,
-        tokens_on="device" if device.type == "cuda" else "host",
-    )
+    control = RunControl(RunConfig(logs=str(directory), validate_every_n_steps=10**9, sample_tokens=0))
+    metrics = MetricsLog(control)
     trainer = pl.Trainer(
         accelerator=device.type,
         devices=1,
@@ -337,13 +342,18 @@ def fit_in_rounds(setting: Setting, directory: Path, device: torch.device, other
         gradient_clip_val=MAX_NORM,
         limit_val_batches=0,
         use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
+        logger=TensorBoardLogger(directory, "bench"),
         enable_model_summary=False,
-        callbacks=[Rounds()],
+        callbacks=[Rounds(), metrics, Progress(control, metrics), control],
     )
-    trainer.fit(module, datamodule=data)
+    data = TokenDataModule(
+        directory=str(directory),
+        context_length=setting.model.context_length,
+        batch_size=setting.batch_size,
+        tokens_on="device" if device.type == "cuda" else "host",
+    )
+    trainer.fit(LanguageModel(setting.model, compile=setting.compile), datamodule=data)
+    control.signals.restore()
     return seconds
 
 
@@ -433,6 +443,7 @@ def write_dataset(directory: Path, tokens: np.ndarray, vocab_size: int) -> None:
             "num_tokens": len(tokens),
             "num_bytes": 2 * len(tokens),
             "num_documents": 1,
+            "text_sha256": "",
             "dtype": "uint16",
             "max_id": int(tokens.max()),
         }

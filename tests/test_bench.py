@@ -1,5 +1,6 @@
 """lm.bench: the rivals compute what we compute, and a small benchmark runs to its page."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from lm import bench
+from lm.accounting import config_from_yaml
 from lm.bench import BuiltinLM, Setting
 from lm.functional import cross_entropy
 from lm.model import TransformerConfig, TransformerLM
@@ -15,15 +17,20 @@ from lm.model import TransformerConfig, TransformerLM
 TINY = TransformerConfig(vocab_size=60, context_length=16, num_layers=2, num_heads=2, d_model=16, d_ff=32)
 
 
-def test_builtin_rival_is_the_same_function() -> None:
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_builtin_rival_is_the_same_function(head: str) -> None:
     torch.manual_seed(0)
-    ours = TransformerLM(TINY)
+    ours = TransformerLM(dataclasses.replace(TINY, head=head))
     builtin = BuiltinLM.from_ours(ours)
     assert sum(p.numel() for p in builtin.parameters()) == sum(p.numel() for p in ours.parameters())
     token_ids, targets = torch.randint(60, (2, 3, 16))
     torch.testing.assert_close(builtin(token_ids), ours(token_ids), rtol=1e-4, atol=1e-5)
     theirs = F.cross_entropy(builtin(token_ids).flatten(0, 1), targets.flatten())
     torch.testing.assert_close(theirs, cross_entropy(ours(token_ids), targets), rtol=1e-5, atol=1e-6)
+
+
+def test_demo_is_the_built_in_run() -> None:
+    assert config_from_yaml(Path(__file__).parents[1] / "configs" / "builtin.yaml") == bench.DEMO
 
 
 def test_peak_memory_sees_what_is_freed_again() -> None:
@@ -63,6 +70,7 @@ def test_whole_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_suite_runs_compiled() -> None:
     setting = Setting("tiny", TINY, 4, "bf16-mixed", compile=True, steps=2, rounds=2)
     result = bench.compare_training(setting, torch.device("cuda"), ["builtin"], matmul=1e14)
