@@ -1,0 +1,539 @@
+"""What goes wrong around a run: signals, dying ranks, full disks, too little time, numbers that are not finite."""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_resume import differences
+from toy import SETTINGS, make_dataset, rows
+
+from lm import checkpoint, cli
+from lm.checkpoint import load_model, newest_checkpoint, read_checkpoint
+from lm.module import LanguageModel
+
+TWO_RANKS = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2"]
+ENDLESS = ["--trainer.max_steps=1000000", "--run.validate_every_n_steps=50", "--trainer.log_every_n_steps=5"]
+
+# Runs `python -m lm` with a fault in one rank at one step, named by the environment variable FAULT.
+DRIVER = """
+import os, sys, time
+from lm.__main__ import main
+
+if __name__ == "__main__":
+    kind, rank, step = os.environ["FAULT"].split()
+    if os.environ.get("LOCAL_RANK", "0") == rank:
+        from lm import checkpoint
+        from lm.module import LanguageModel
+        training_step, write_checkpoint = LanguageModel.training_step, checkpoint.write_checkpoint
+
+        def faulty_step(self, batch, batch_idx):
+            loss = training_step(self, batch, batch_idx)
+            if self.trainer.global_step == int(step):
+                if kind == "raise":
+                    raise RuntimeError("the fault of this rank")
+                if kind == "kill":
+                    os.kill(os.getpid(), 9)
+                if kind == "hang":
+                    time.sleep(1000)
+                if kind == "nan":
+                    loss = loss * float("nan")
+            return loss
+
+        def faulty_write(contents, path):
+            if kind == "save" and contents["global_step"] >= int(step):
+                raise OSError(28, f"cannot save {path}: No space left on device")
+            return write_checkpoint(contents, path)
+
+        LanguageModel.training_step, checkpoint.write_checkpoint = faulty_step, faulty_write
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "toy")
+
+
+class Job:
+    """`python -m lm fit` as a user has it: a process group of its own, its output in a file."""
+
+    def __init__(self, folder: Path, dataset: Path, *arguments: str, fault: str | None = None, **environment: str):
+        self.run = folder / "logs" / "toy" / "version_0"
+        self.log = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
+        (folder / "driver.py").write_text(DRIVER)
+        program = ["-m", "lm"] if fault is None else [str(folder / "driver.py")]
+        options = [f"--data.directory={dataset}", *SETTINGS, f"--run.logs={folder / 'logs'}", *arguments]
+        paths = {"PYTHONPATH": str(Path(__file__).parents[1]), "FAULT": fault or ""}
+        with open(self.log, "wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *program, "fit", *options],
+                env=os.environ | paths | environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 90) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.02)
+
+    def wait_for_rows(self, count: int) -> None:
+        path = self.run / "metrics.jsonl"
+        self.wait_until(lambda: path.is_file() and len(path.read_bytes().splitlines()) >= count)
+
+    def end(self, seconds: float = 90) -> tuple[int, str]:
+        """Exit code and output, once every process of the job is gone."""
+        try:
+            code = self.process.wait(seconds)
+            for _ in range(100):
+                try:
+                    os.killpg(self.process.pid, 0)
+                except ProcessLookupError:
+                    break
+                time.sleep(0.1)
+            else:
+                raise AssertionError("a process of the job has outlived it")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        return code, self.log.read_text()
+
+
+@pytest.fixture
+def job(tmp_path: Path, dataset: Path) -> Callable[..., Job]:
+    return lambda *arguments, **options: Job(tmp_path, dataset, *arguments, **options)
+
+
+@pytest.fixture
+def fit(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The same in this process; returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lm"])
+    return lambda *arguments: cli.main(
+        ["fit", f"--data.directory={dataset}", *SETTINGS, "--run.logs=logs", *arguments], time.monotonic()
+    )
+
+
+def check_whole(run: Path) -> dict[str, Any]:
+    """The newest checkpoint, after a look at everything a run leaves: nothing half written, nothing left over."""
+    assert not list(run.rglob("*.part"))
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["step"] > 0
+    path = newest_checkpoint(run)
+    load_model(path)
+    return read_checkpoint(path)
+
+
+def errors(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("error: ")]
+
+
+# ------------------------------------------------------------------------------------------------ numbers and disks
+
+
+def test_a_run_whose_loss_is_not_finite_stops_as_diverged_and_keeps_the_last_finite_checkpoint(
+    fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training_step = LanguageModel.training_step
+
+    def faulty_step(self: LanguageModel, batch: Any, batch_idx: int) -> torch.Tensor:
+        return training_step(self, batch, batch_idx) * (float("inf") if self.trainer.global_step == 6 else 1)
+
+    monkeypatch.setattr(LanguageModel, "training_step", faulty_step)
+    assert fit() == 3
+    run = tmp_path / "logs/toy/version_0"
+    contents = check_whole(run)
+    assert contents["global_step"] == 4
+    assert all(torch.isfinite(tensor).all() for tensor in contents["state_dict"].values())
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 4, 5, 6, 7]
+    assert json.loads((run / "summary.json").read_text())["status"] == "diverged"
+
+
+def test_a_learning_rate_that_is_far_too_high_is_a_result_and_no_crash(fit: Callable[..., int], tmp_path: Path) -> None:
+    assert fit("--model.optimizer.lr=1e25", "--trainer.gradient_clip_val=null") == 3
+    check = json.loads((tmp_path / "logs/toy/version_0/summary.json").read_text())
+    assert check["status"] == "diverged"
+
+
+def test_an_infinite_gradient_leaves_the_weights_as_they_are(
+    fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = LanguageModel.configure_gradient_clipping
+    weights: dict[int, torch.Tensor] = {}
+
+    def faulty_clip(self: LanguageModel, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.global_step == 5:
+            self.model.ln_final.weight.grad[0] = float("inf")
+        clip(self, *args, **kwargs)
+
+    monkeypatch.setattr(LanguageModel, "configure_gradient_clipping", faulty_clip)
+    assert fit("--run.checkpoint_every_n_steps=1", "--run.keep_checkpoints=99") == 3
+    contents = check_whole(tmp_path / "logs/toy/version_0")
+    assert contents["global_step"] == 5
+    assert all(torch.isfinite(tensor).all() for tensor in contents["state_dict"].values())
+    assert not weights
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_the_checkpoint_before(
+    fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = checkpoint.torch.save
+
+    def full(contents: dict[str, Any], file: Any) -> None:
+        write(contents, file)
+        if contents["global_step"] >= 8:
+            file.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.torch, "save", full)
+        assert fit() == 1
+    [line] = errors(capsys.readouterr().err)
+    assert re.search(
+        r"cannot save .*step-000008.ckpt: No space left on device; it takes [\d,]+ bytes or a little", line
+    )
+    run = tmp_path / "logs/toy/version_0"
+    assert check_whole(run)["global_step"] == 4
+    assert fit("--resume=must") == 0  # with room again, the run goes on
+    assert check_whole(run)["global_step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "--data.batch_size 2 --trainer.accumulate_grad_batches 2"),
+        (MemoryError(), "--data.batch_size 2 --trainer.accumulate_grad_batches 2"),
+    ],
+)
+def test_running_out_of_memory_says_what_batch_size_to_try(
+    fit: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    advice: str,
+) -> None:
+    training_step = LanguageModel.training_step
+
+    def faulty_step(self: LanguageModel, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.trainer.global_step == 5:
+            raise error
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModel, "training_step", faulty_step)
+    assert fit() == 1
+    [line] = errors(capsys.readouterr().err)
+    assert "data.batch_size=4" in line
+    assert advice in line
+    assert check_whole(tmp_path / "logs/toy/version_0")["global_step"] == 4
+
+
+# -------------------------------------------------------------------------------------------------- data and files
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: os.truncate(folder / "train.npy", 0), "train.npy is empty"),
+        (lambda folder: os.truncate(folder / "train.npy", 1000), "its header promises"),
+        (lambda folder: np.save(folder / "train.npy", np.arange(9)), "holds <i8"),
+        (lambda folder: np.save(folder / "valid.npy", np.arange(9, dtype=np.uint16)), "has 9 tokens, meta.json says"),
+        (lambda folder: (folder / "valid.npy").unlink(), "no token file at"),
+        (lambda folder: (folder / "meta.json").write_text("{"), "meta.json is damaged"),
+        (lambda folder: (folder / "meta.json").unlink(), "python -m lm prepare"),
+    ],
+)
+def test_bad_data_is_one_line_and_no_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], Any],
+    message: str,
+) -> None:
+    data = make_dataset(tmp_path / "data")
+    damage(data)
+    monkeypatch.setattr("sys.argv", ["lm"])
+    arguments = ["fit", f"--data.directory={data}", *SETTINGS, f"--run.logs={tmp_path / 'logs'}"]
+    assert cli.main(arguments, time.monotonic()) == 2
+    [line] = errors(capsys.readouterr().err)
+    assert message in line
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_run_goes_on_with_its_own_model_and_data_only(
+    fit: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--trainer.max_steps=4") == 0
+    for change, message in {
+        "--data.batch_size=8": "global_batch_size: checkpoint 4, now 8",
+        "--data.windows=epoch": "windows: checkpoint replacement, now epoch",
+        "--data.context_length=8": "context_length: checkpoint 16, now 8",
+        "--model.transformer.norm=post": "norm: checkpoint pre, now post",
+        "--model.transformer.d_model=32": "d_model: checkpoint 16, now 32",
+    }.items():
+        assert fit("--resume=must", change) == 2
+        [line] = errors(capsys.readouterr().err)
+        assert message in line
+
+
+def test_learning_rate_and_length_may_change_and_take_effect(fit: Callable[..., int], tmp_path: Path) -> None:
+    assert fit("--trainer.max_steps=4") == 0
+    assert fit("--resume=must", "--trainer.max_steps=10", "--model.optimizer.lr=0.5") == 0
+    trained = [row for row in rows(tmp_path / "logs/toy/version_0") if "lr" in row]
+    assert [row["step"] for row in trained] == list(range(1, 11))
+    assert max(row["lr"] for row in trained[:4]) <= 1e-3
+    assert trained[4]["lr"] > 0.1
+
+
+def test_a_damaged_newest_checkpoint_costs_only_itself(
+    fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit() == 0
+    run = tmp_path / "logs/toy/version_0"
+    whole = read_checkpoint(newest_checkpoint(run))
+    newest = run / "checkpoints" / "step-000008.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert fit("--resume=must") == 0
+    assert "step-000008.ckpt has" in capsys.readouterr().err
+    assert (run / "checkpoints" / "step-000008.ckpt.bad").exists()
+    again = read_checkpoint(newest_checkpoint(run))
+    assert differences(again["state_dict"], whole["state_dict"]) == []
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit, match="2"):
+        fit("--resume=must")
+
+
+# ---------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_ends_the_run_with_its_own_exit_code(
+    job: Callable[..., Job], signum: signal.Signals, code: int
+) -> None:
+    run = job(*ENDLESS)
+    run.wait_for_rows(8)
+    run.process.send_signal(signum)
+    ended, output = run.end()
+    assert ended == code, output
+    last = rows(run.run)[-1]["step"]
+    assert last - 5 <= check_whole(run.run)["global_step"]
+    assert "Traceback" not in output
+    assert f"stopped by {signum.name}" in output
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_moment_leaves_a_run_that_goes_on(job: Callable[..., Job]) -> None:
+    """From the imports to the last line, with every signal, and twice."""
+    randomness = random.Random(3)
+    for _ in range(5):
+        run = job(*ENDLESS, "--resume=auto", "--run.checkpoint_every_n_steps=3")
+        time.sleep(randomness.uniform(0.2, 12))
+        signum = randomness.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+        run.process.send_signal(signum)
+        code, output = run.end()
+        assert code in (128 + signum, -signum), output  # the latter before Python has set its handlers
+    step = read_checkpoint(newest_checkpoint(run.run))["global_step"] if run.run.is_dir() else 0
+    code, output = job(f"--trainer.max_steps={step + 5}", "--resume=auto").end()
+    assert code == 0, output
+    assert check_whole(run.run)["global_step"] == step + 5
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_leaves_at_once_and_damages_nothing(job: Callable[..., Job]) -> None:
+    run = job(*ENDLESS, fault="hang 0 60")
+    run.wait_for_rows(12)
+    time.sleep(0.5)
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert run.process.poll() is None  # it waits for the end of the step, which does not come
+    run.process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    code, output = run.end()
+    assert time.monotonic() - began < 2
+    assert code == 130
+    assert "Ctrl-C again leaves at once" in output
+    assert check_whole(run.run)["global_step"] == 50
+
+
+@pytest.mark.slow
+def test_a_run_killed_over_and_over_gets_to_its_end(job: Callable[..., Job]) -> None:
+    randomness = random.Random(5)
+    arguments = ["--trainer.max_steps=400", "--run.validate_every_n_steps=150", "--run.checkpoint_every_n_steps=1"]
+    before = 0
+    for _ in range(3):
+        run = job(*arguments, "--resume=auto")
+        step = before + randomness.randint(30, 100)
+        record = run.run / "checkpoints" / f"step-{step:06d}.json"
+        run.wait_until(record.is_file)
+        run.process.kill()
+        run.end()
+        before = read_checkpoint(newest_checkpoint(run.run))["global_step"]
+        assert before >= step
+    run = job(*arguments, "--resume=auto")
+    code, output = run.end()
+    assert code == 0, output
+    assert check_whole(run.run)["global_step"] == 400
+    assert [row["step"] for row in rows(run.run) if "train/loss" in row] == list(range(1, 401))
+    assert len(list((run.run / "checkpoints").iterdir())) <= 6  # two kept and the best, each with its record
+
+
+@pytest.mark.slow
+def test_slurm_is_asked_to_start_a_pre_empted_job_again(job: Callable[..., Job], tmp_path: Path) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    scontrol.chmod(0o755)
+    path = f"{scontrol.parent}:{os.environ['PATH']}"
+    run = job(*ENDLESS, PATH=path, SLURM_JOB_ID="77", SLURM_NTASKS="1", SLURM_JOB_NAME="train", SLURM_LOCALID="0")
+    run.wait_for_rows(8)
+    run.process.send_signal(signal.SIGUSR1)
+    code, output = run.end()
+    assert code == 138, output
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+    check_whole(run.run)
+
+
+# --------------------------------------------------------------------------------------------------- several ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_two_ranks_stop_together_on_a_signal_and_go_on_to_the_same_bits(
+    job: Callable[..., Job], tmp_path: Path, whole_group: bool
+) -> None:
+    length = ["--trainer.max_steps=120", "--run.validate_every_n_steps=40", "--trainer.log_every_n_steps=1"]
+    (tmp_path / "cut").mkdir()
+    run = job(*TWO_RANKS, *length)
+    run.wait_for_rows(20)
+    if whole_group:
+        os.killpg(run.process.pid, signal.SIGTERM)
+    else:
+        run.process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    code, output = run.end()
+    assert code == 143, output
+    assert time.monotonic() - began < 30
+    assert 0 < check_whole(run.run)["global_step"] < 120
+    code, output = job(*TWO_RANKS, *length, "--resume=must").end()
+    assert code == 0, output
+    cut_rows, cut = rows(run.run), check_whole(run.run)
+    code, output = job(*TWO_RANKS, *length, "--run.name=whole").end()
+    assert code == 0, output
+    whole = run.run.parents[1] / "whole" / "version_0"
+    assert cut_rows == rows(whole)
+    assert differences(cut, check_whole(whole)) == []
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_learns_from_batches_of_both(job: Callable[..., Job]) -> None:
+    variants = {
+        "ranks": TWO_RANKS,
+        "batch": [],
+        "accumulation": ["--data.batch_size=2", "--trainer.accumulate_grad_batches=2"],
+    }
+    results = {}
+    for name, arguments in variants.items():
+        run = job(*arguments, f"--run.name={name}", "--data.val_batch_size=3")
+        code, output = run.end()
+        assert code == 0, output
+        results[name] = rows(run.run.parents[1] / name / "version_0")
+    for name in ("batch", "accumulation"):
+        for row, expected in zip(results[name], results["ranks"], strict=True):
+            assert row.keys() == expected.keys()
+            for key in row:
+                assert row[key] == pytest.approx(expected[key], rel=2e-5), (name, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        ("kill 1 30", 1, "rank"),
+        ("raise 1 30", 1, "the fault of this rank"),
+        ("raise 0 30", 1, "the fault of this rank"),
+        ("hang 1 30", 1, "run.timeout_minutes"),
+        ("save 0 30", 1, "No space left on device"),
+        ("nan 1 30", 3, "not finite"),
+    ],
+)
+def test_a_fault_of_one_rank_ends_the_job_soon_with_its_error_and_no_orphans(
+    job: Callable[..., Job], fault: str, code: int, message: str
+) -> None:
+    run = job(*TWO_RANKS, *ENDLESS, "--run.validate_every_n_steps=20", "--run.timeout_minutes=0.2", fault=fault)
+    run.wait_for_rows(6)
+    began = time.monotonic()
+    ended, output = run.end()
+    assert time.monotonic() - began < 50
+    assert ended == code, output
+    assert message in output
+    assert check_whole(run.run)["global_step"] == 20
+
+
+# ------------------------------------------------------------------------------------------------------------- time
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_time_limit_holds_with_slow_validation_and_slow_saving(
+    fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+) -> None:
+    validation_step, write = LanguageModel.validation_step, checkpoint.write_checkpoint
+
+    def slow_validation_step(self: LanguageModel, *args: Any) -> None:
+        time.sleep(0.1)
+        validation_step(self, *args)
+
+    def slow_write(*args: Any) -> Any:
+        time.sleep(0.8)
+        return write(*args)
+
+    monkeypatch.setattr(LanguageModel, "validation_step", slow_validation_step)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slow_write)
+    clock = ["--run.max_minutes=0.2", "--model.schedule.follow=clock", "--model.schedule.min_lr_ratio=0.1"]
+    arguments = [*ENDLESS, *clock, "--run.validate_every_n_steps=100000", "--data.val_batch_size=2"]
+    used = 0.0
+    if resumed:
+
+        def interrupted(
+            self: LanguageModel, batch: Any, batch_idx: int, step: Any = LanguageModel.training_step
+        ) -> Any:
+            if time.monotonic() - began > 4:
+                signal.raise_signal(signal.SIGTERM)
+            return step(self, batch, batch_idx)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LanguageModel, "training_step", interrupted)
+            began = time.monotonic()
+            assert fit(*arguments) == 143
+            used = time.monotonic() - began
+        time.sleep(2)  # what passes between two processes does not count
+    began = time.monotonic()
+    assert fit("--resume=auto", *arguments) == 0
+    used += time.monotonic() - began
+    assert 9 < used < 12
+    run = tmp_path / "logs/toy/version_0"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["budget_seconds"] == 12
+    assert summary["used_seconds"] == pytest.approx(used, abs=0.7)
+    assert summary["val_loss"] is not None
+    assert check_whole(run)["global_step"] == summary["steps"]
+    rates = [row["lr"] for row in rows(run) if "lr" in row]
+    assert rates[-1] == pytest.approx(1e-4, rel=0.15)  # annealed to the minimum at the cap
