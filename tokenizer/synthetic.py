@@ -35,7 +35,7 @@ WORDS_PER_DOCUMENT = {"owt-scale": 800, "tinystories-scale": 160}
 class Urn(NamedTuple):
     """Byte strings to draw, each with its frequency: Walker's alias method, one random number per draw."""
 
-    text: NDArray[np.uint8]  # (n, LONGEST)
+    text: NDArray[np.uint8]  # (n, LONGEST + 8)
     lengths: NDArray[np.int64]
     threshold: NDArray[np.float64]
     alias: NDArray[np.int64]
@@ -56,7 +56,7 @@ def make_urn(counts: dict[bytes, int]) -> Urn:
         if threshold[high] < 1:
             small.append(large.pop())
     threshold[small + large] = 1
-    text = np.zeros((len(strings), LONGEST), np.uint8)
+    text = np.zeros((len(strings), LONGEST + 8), np.uint8)
     for row, string in zip(text, strings, strict=True):
         row[: len(string)] = np.frombuffer(string, np.uint8)
     return Urn(text, np.array([len(string) for string in strings]), threshold, alias)
@@ -81,11 +81,19 @@ def draw(urn: Urn, state: NDArray[np.uint64]) -> Any:
 
 
 @kernel
-def copy(buffer: NDArray[np.uint8], position: int, text: NDArray[np.uint8], first: int, end: int) -> int:
-    """Append text[first:end] at `position`; the new position."""
-    for i in range(first, end):
-        buffer[position + i - first] = text[i]
-    return position + end - first
+def copy(buffer: NDArray[np.uint8], position: int, urn: Urn, row: int, skip: int) -> int:
+    """Append a string of `urn` without its first `skip` bytes at `position`; the new position."""
+    for i in range(LONGEST):  # a constant number of bytes is one move; what is too much is overwritten
+        buffer[position + i] = urn.text[row, skip + i]
+    return position + urn.lengths[row] - skip
+
+
+@kernel
+def end_document(buffer: NDArray[np.uint8], position: int, separator: NDArray[np.uint8]) -> int:
+    """Append `separator` at `position`; the new position."""
+    for i in range(len(separator)):
+        buffer[position + i] = separator[i]
+    return position + len(separator)
 
 
 @kernel
@@ -109,17 +117,15 @@ def fill(
                 np.int64(mixed % np.uint64(NUM_PARTS)),
                 np.int64((mixed >> np.uint64(12)) % np.uint64(NUM_PARTS)),
             )
-            position = copy(buffer, position, words.text[first], 0, words.lengths[first])
-            position = copy(buffer, position, words.text[second], 1, words.lengths[second])
+            position = copy(buffer, position, words, first, 0)
+            position = copy(buffer, position, words, second, 1)
         else:
-            row = draw(words, state)
-            position = copy(buffer, position, words.text[row], 0, words.lengths[row])
+            position = copy(buffer, position, words, draw(words, state), 0)
         if uniform(state) < share_of_closings:
-            row = draw(closings, state)
-            position = copy(buffer, position, closings.text[row], 0, closings.lengths[row])
+            position = copy(buffer, position, closings, draw(closings, state), 0)
         if uniform(state) < share_of_ends:
-            position = copy(buffer, position, separator, 0, len(separator))
-    return copy(buffer, position, separator, 0, len(separator))
+            position = end_document(buffer, position, separator)
+    return end_document(buffer, position, separator)
 
 
 def write_text(path: Path, kind: str, source: Path, num_bytes: int, num_threads: int, seed: int = 0) -> None:
