@@ -1,0 +1,220 @@
+"""`python -m tokenizer` as a user calls it: in processes of its own, and in this one where only the answer matters."""
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tokenizer import Tokenizer, reference
+from tokenizer.__main__ import main
+from tokenizer.show import colour_tokens
+from tokenizer.stats import longest_tokens, overlap, text_stats
+
+END = "<|endoftext|>"
+TEXT = f"low low lower newest\n{END}\nwidest it's über 😀 <b>&\n{END}\n" * 20
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT.encode())
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Tokenizer(*reference.train_bpe(TEXT, 280, [END]), [END]).save(tmp_path / "tok")
+    return tmp_path / "tok"
+
+
+def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tokenizer", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)  # type: ignore[call-overload]
+
+
+class TestHelp:
+    @pytest.mark.parametrize("verb", ["train", "encode", "decode", "stats", "show", "export", "bench"])
+    def test_each_verb_explains_itself(self, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as left:
+            main([verb, "--help"])
+        assert left.value.code == 0
+        shown = capsys.readouterr().out
+        assert f"usage: python -m tokenizer {verb}" in shown
+        assert len(shown.splitlines()) > 8
+
+    def test_starts_without_heavy_imports(self) -> None:
+        code = (
+            "import sys; from tokenizer.__main__ import main\n"
+            "try: main(['--help'])\n"
+            "except SystemExit: assert not {'numba', 'torch', 'rich', 'numpy', 'regex'} & set(sys.modules)"
+        )
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        assert time.monotonic() - start < 5  # under a second on an idle machine
+
+    def test_bad_usage_is_exit_code_2(self) -> None:
+        for arguments in ((), ("fly",), ("encode",), ("train", "x", "--vocab_size", "many", "--output", "y")):
+            with pytest.raises(SystemExit) as left:
+                main(list(arguments))
+            assert left.value.code == 2
+
+
+class TestWholePath:
+    def test_train_encode_decode(self, text: Path, tmp_path: Path) -> None:
+        trained = run(
+            "train", text, "--vocab_size", 280, "--output", tmp_path / "tok", "--special_tokens", END, "<|x|>"
+        )
+        assert (trained.returncode, trained.stderr) == (0, "")
+        tokenizer = Tokenizer.from_directory(tmp_path / "tok")
+        assert tokenizer.special_tokens == [END, "<|x|>"]
+        assert tokenizer.merges == reference.train_bpe(TEXT, 280, [END, "<|x|>"])[1]
+
+        encoded = run("encode", text, "--tokenizer", tmp_path / "tok", "--output", tmp_path / "data" / "train.npy")
+        assert encoded.returncode == 0
+        assert "uint16 ids" in encoded.stdout
+        assert np.load(tmp_path / "data" / "train.npy").tolist() == tokenizer.encode(TEXT)
+        record = json.loads((tmp_path / "data" / "meta.json").read_text())["splits"]["train"]
+        assert (record["num_documents"], record["num_bytes"]) == (40, len(TEXT.encode()))
+
+        decoded = tmp_path / "decoded.txt"
+        source = tmp_path / "data" / "train.npy"
+        assert run("decode", source, "--tokenizer", tmp_path / "tok", "--output", decoded).returncode == 0
+        assert decoded.read_bytes() == text.read_bytes()
+        printed = subprocess.run(
+            [sys.executable, "-m", "tokenizer", "decode", source, "--tokenizer", tmp_path / "tok"], capture_output=True
+        )
+        assert printed.stdout == text.read_bytes()
+
+    def test_ids_printed_are_ids_read(
+        self, text: Path, folder: Path, capsysbinary: pytest.CaptureFixture[bytes]
+    ) -> None:
+        assert main(["encode", str(text), "--tokenizer", str(folder)]) == 0
+        ids = capsysbinary.readouterr().out.decode().split()
+        assert main(["decode", *ids, "--tokenizer", str(folder)]) == 0
+        assert capsysbinary.readouterr().out == TEXT.encode()
+
+    def test_shards(self, text: Path, folder: Path, tmp_path: Path) -> None:
+        for number in (1, 2):
+            output = tmp_path / f"{number}.npy"
+            arguments = ["encode", text, "--tokenizer", folder, "--output", output, "--shard", f"{number}/2"]
+            assert main([*map(str, arguments)]) == 0
+        ids = np.concatenate([np.load(tmp_path / f"{number}.npy") for number in (1, 2)])
+        assert ids.tolist() == Tokenizer.from_directory(folder).encode(TEXT)
+
+
+class TestBadInput:
+    def test_one_line_and_exit_code_2(
+        self, text: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "bad.txt").write_bytes(b"ok \xff")
+        (tmp_path / "bad.json").write_text("{")
+        np.save(tmp_path / "floats.npy", np.zeros(3))
+        output = tmp_path / "x.npy"
+        for arguments, cause in (
+            (["encode", tmp_path / "bad.txt", "--tokenizer", folder, "--output", output], "byte 3"),
+            (["encode", tmp_path / "no.txt", "--tokenizer", folder, "--output", output], "no.txt"),
+            (["encode", text, "--tokenizer", tmp_path / "no", "--output", output], "python -m tokenizer train"),
+            (["encode", text, "--tokenizer", tmp_path / "bad.json", "--output", output], "bad.json"),
+            (["encode", text, "--tokenizer", folder, "--output", output, "--shard", "3"], "shard="),
+            (["encode", text, "--tokenizer", folder, "--output", tmp_path / "x.bin"], ".npy"),
+            (["decode", "999999", "--tokenizer", folder], "999999"),
+            (["decode", "low", "--tokenizer", folder], "'low'"),
+            (["decode", tmp_path / "floats.npy", "--tokenizer", folder], "float64"),
+            (["train", text, "--vocab_size", "10", "--output", tmp_path / "t"], "vocab_size"),
+            (["train", text, "--vocab_size", "300", "--special_tokens", "a", "a", "--output", tmp_path / "t"], "'a'"),
+        ):
+            assert main([*map(str, arguments)]) == 2, arguments
+            err = capsys.readouterr().err
+            assert err.startswith("error: ")
+            assert cause in err
+            assert err.count("\n") == 1
+        assert not output.exists()
+
+    def test_a_process_says_the_same(self, folder: Path) -> None:
+        done = run("decode", "999999", "--tokenizer", folder)
+        assert done.returncode == 2
+        assert done.stderr == "error: token id 999999 is not in the vocabulary (ids 0 to 279)\n"
+
+    def test_a_tokenizer_does_not_go_into_a_dataset(self, text: Path, folder: Path, tmp_path: Path) -> None:
+        assert main(["encode", str(text), "--tokenizer", str(folder), "--output", str(tmp_path / "d" / "x.npy")]) == 0
+        assert main(["train", str(text), "--vocab_size", "280", "--output", str(tmp_path / "d")]) == 2
+
+    def test_a_reader_that_stops_early_is_no_error(self, text: Path, folder: Path) -> None:
+        command = f"{sys.executable} -m tokenizer encode {text} {text} --tokenizer {folder} | head -c 10"
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+        assert done.stderr == ""
+
+    def test_interrupted_is_130(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Tokenizer, "encode", interrupt)
+        assert main(["show", "low", "--tokenizer", str(folder)]) == 130
+        assert capsys.readouterr().err == "interrupted\n"
+
+
+class TestLooking:
+    def test_show_cuts_where_encode_does(self, folder: Path) -> None:
+        tokenizer = Tokenizer.from_directory(folder)
+        tokens = list(colour_tokens(tokenizer, TEXT))
+        assert [token_id for token_id, _, _ in tokens] == tokenizer.encode(TEXT)
+        assert all(a[2] != b[2] for a, b in itertools.pairwise(tokens) if -1 not in (a[2], b[2]))
+        assert "".join(shown for _, shown, _ in tokens).startswith("low low lower")
+
+    def test_show_prints(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["show", "low [b]lower[/b] 😀", "--tokenizer", str(folder)]) == 0
+        shown = capsys.readouterr().out
+        assert shown.replace("|", "").startswith("low [b]lower[/b] ")
+        assert shown.count("|") > 5
+
+    def test_page_needs_nothing_else(self, folder: Path, tmp_path: Path) -> None:
+        page = tmp_path / "x.html"
+        assert main(["show", f"<b>low</b> & 'x' {END}", "--tokenizer", str(folder), "--html", str(page)]) == 0
+        content = page.read_text()
+        assert "<b>" not in content
+        assert "&lt;" in content
+        assert not [part for part in ("http", "src=", "<script", "@import", "url(") if part in content]
+
+    def test_stats(self, text: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tokenizer = Tokenizer.from_directory(folder)
+        figures = text_stats(tokenizer, text)
+        ids = tokenizer.encode(TEXT)
+        ends = [i for i, token in enumerate(ids) if token == 0]
+        lengths = [b - a - 1 for a, b in zip([-1, *ends], ends, strict=False)]
+        assert figures["num_tokens"] == len(ids)
+        assert figures["bytes_per_token"] == pytest.approx(len(TEXT.encode()) / len(ids))
+        assert figures["tokens_used"] == len(set(ids))
+        assert figures["tokens_per_document"]["mean"] == pytest.approx(sum(lengths) / len(lengths))
+        assert figures["tokens_per_document"]["longest"] == max(lengths)
+        assert overlap(tokenizer, tokenizer) == 1
+        longest = longest_tokens(tokenizer)
+        assert len(longest[0]) == max(len(a + b) for a, b in tokenizer.merges)
+        assert main(["stats", str(text), "--tokenizer", str(folder), "--other", str(folder / "tokenizer.json")]) == 0
+        shown = capsys.readouterr().out
+        assert "bytes per token" in shown
+        assert "100.0%" in shown
+
+    def test_stats_of_an_empty_text(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "empty.txt").write_text("")
+        figures = text_stats(Tokenizer.from_directory(folder), tmp_path / "empty.txt")
+        assert (figures["num_tokens"], figures["tokens_per_document"]["mean"]) == (0, 0)
+
+    def test_export_and_back(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for kind, target, loadable in (
+            ("hf", tmp_path / "x.json", tmp_path / "x.json"),
+            ("tiktoken", tmp_path / "x.tiktoken", tmp_path / "x.tiktoken"),
+            ("gpt2", tmp_path / "pair", tmp_path / "pair"),
+        ):
+            assert main(["export", kind, "--tokenizer", str(folder), "--output", str(target)]) == 0
+            capsys.readouterr()
+            assert main(["show", TEXT[:40], "--tokenizer", str(loadable)]) == 0
+            exported = capsys.readouterr().out
+            assert main(["show", TEXT[:40], "--tokenizer", str(folder)]) == 0
+            assert capsys.readouterr().out == exported
