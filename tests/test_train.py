@@ -222,11 +222,11 @@ def test_long_runs_of_equal_letters() -> None:
             assert compiled(counts, 30) == learn_merges(counts, 30) == reference.learn_merges(counts, 30)
 
 
-@pytest.mark.parametrize("kind", ["a", " ", "ab", "random"])
+@pytest.mark.parametrize("kind", ["a", "ab", "random"])
 def test_time_grows_hardly_faster_than_the_length_of_a_pretoken(kind: str) -> None:
-    """Slope of log time over log length, from 2e5 to 3.2e6 bytes in one pre-token."""
+    """Slope of log time over log length, from 1e5 to 1.6e6 bytes in one pre-token."""
     random = np.random.default_rng(0)
-    lengths, times = (200_000, 3_200_000), []
+    lengths, times = (100_000, 1_600_000), []
     for length in lengths:
         letters = random.choice(list(b"abcdefgh"), length).astype(np.uint8).tobytes()
         word = letters if kind == "random" else (kind.encode() * length)[:length]
