@@ -147,35 +147,37 @@ def mask_future_(scores: Tensor, future: Tensor) -> None:
 
 
 class CrossEntropy(Function):
-    """mean of log sum exp(logits) - logits[target] over rows; keeps the logits and log sum exp of each row.
+    """mean over rows of log sum exp(logits - max) - (logits[target] - max); keeps the logits, and max and sum per row.
 
     dlogits = g (softmax(logits) - onehot(target)) / rows.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        log_sum_exp = []
-        for block in logits.split(ROWS):
-            wide = at_least_float32(block)
-            highest = wide.amax(-1, keepdim=True)
-            log_sum_exp.append((wide - highest).exp_().sum(-1, keepdim=True).log_().add_(highest))
-        normaliser = torch.cat(log_sum_exp)
-        ctx.save_for_backward(logits, targets, normaliser)
-        return (normaliser - logits.gather(-1, targets[:, None])).mean()
+        targets = targets[:, None]
+        highest = at_least_float32(logits.amax(-1, keepdim=True))
+        total = torch.cat(
+            [(x - m).exp_().sum(-1, keepdim=True) for x, m in zip(*in_rows(logits, highest), strict=True)]
+        )
+        ctx.save_for_backward(logits, targets, highest, total)
+        return (total.log() - (logits.gather(-1, targets) - highest)).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, targets, log_sum_exp = ctx.saved_tensors
+        logits, targets, highest, total = ctx.saved_tensors
         d_logits = torch.empty_like(logits)
         scale = gradient / len(logits)
-        columns = targets[:, None]
-        for block, normaliser, target, d_block in zip(
-            *(x.split(ROWS) for x in (logits, log_sum_exp, columns, d_logits)), strict=True
-        ):
-            softmax = (block - normaliser).exp_().mul_(scale)
-            d_block.copy_(softmax.scatter_add_(-1, target, -scale.expand(target.shape)))
+        blocks = zip(*in_rows(logits, targets, highest, scale / total, d_logits), strict=True)
+        for x, target, m, factor, d_x in blocks:
+            softmax = (x - m).exp_().mul_(factor)
+            d_x.copy_(softmax.scatter_add_(-1, target, -scale.expand(target.shape)))
         return d_logits, None
+
+
+def in_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """For each tensor its blocks of `ROWS` rows."""
+    return (tensor.split(ROWS) for tensor in tensors)
 
 
 class LinearCrossEntropy(Function):
@@ -211,7 +213,7 @@ class LinearCrossEntropy(Function):
 def summed_loss_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     """The summed negative log-likelihood; the logits are overwritten with its gradient, softmax - onehot."""
     losses = []
-    for block, target in zip(logits.split(ROWS), targets[:, None].split(ROWS), strict=True):
+    for block, target in zip(*in_rows(logits, targets[:, None]), strict=True):
         block.sub_(block.amax(-1, keepdim=True))
         chosen = block.gather(-1, target)
         total = block.exp_().sum(-1, keepdim=True)

@@ -18,6 +18,11 @@ from lm.layers import (
 )
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def assert_same_outputs_and_gradients(ours, theirs, *inputs):
     """Both modules give equal outputs, and equal gradients for the inputs and, in order, for the parameters."""
     a, b = ours(*inputs), theirs(*inputs)
