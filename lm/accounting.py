@@ -30,7 +30,7 @@ _GPT2 = {
     "gpt2-large": (36, 1280, 20),
     "gpt2-xl": (48, 1600, 25),
 }
-_VOCAB_SIZES = {"builtin": 1024, "tinystories": 10_000, "owt": 32_000}
+_VOCAB_SIZES = {"builtin": 2048, "tinystories": 10_000, "owt": 32_000}
 
 ADAMW_FLOPS_PER_PARAMETER = 14  # decay 2, first moment 3, second moment 4, update 5 (root, + eps, ÷, · lr, −)
 

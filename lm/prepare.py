@@ -84,7 +84,7 @@ SOURCES = {
     },
 }
 CORPORA = ("builtin", *SOURCES)
-VOCAB_SIZES = {"builtin": 1024, "tinystories": 10_000, "owt": 32_000}
+VOCAB_SIZES = {"builtin": 2048, "tinystories": 10_000, "owt": 32_000}
 OWN_VOCAB_SIZES = ((1_000_000, 1024), (20_000_000, 4096), (500_000_000, 10_000))  # up to so many bytes of text
 
 
@@ -154,7 +154,7 @@ def run(
         corpus: builtin, tinystories, owt, or the path of your own text file (.txt, .txt.gz, .txt.xz).
         valid_text: the validation text beside your own text; default, a tail of whole documents is held out.
         data_dir: where datasets lie.
-        vocab_size: of the tokenizer; default, 1,024 (builtin), 10,000 (tinystories), 32,000 (owt), or by size.
+        vocab_size: of the tokenizer; default, 2,048 (builtin), 10,000 (tinystories), 32,000 (owt), or by size.
         progress: draw progress bars also where stderr is no terminal.
     """
     name, text = (corpus, None) if corpus in CORPORA else (None, corpus)
