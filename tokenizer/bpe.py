@@ -26,6 +26,7 @@ from tokenizer import files, pretokenize
 
 COMPILE_AFTER = 1 << 18  # characters encoded or ids decoded; loading the kernels takes about as long as this much text
 MAX_PLAIN_CACHE = 4096  # pre-tokens, under 1 MB
+MAX_KEPT_WORK = 1 << 18  # bytes of a pre-token for which scratch space is kept
 STREAM_CHARACTERS = 1 << 12  # what encode_iterable gathers before it encodes
 
 
@@ -524,6 +525,8 @@ class BytesEncoder:
             )
             count += added
             if position >= size:
+                if len(self._work.ids) > MAX_KEPT_WORK:
+                    self._work = self._empty_work(1024)
                 return count
             if self._work.needed[0] > len(self._work.ids):
                 self._work = self._empty_work(int(self._work.needed[0]))
