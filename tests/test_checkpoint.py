@@ -190,6 +190,19 @@ def test_a_file_of_another_kind_says_what_it_lacks(tmp_path: Path) -> None:
         load_model(tmp_path / "b.pt")
 
 
+def test_a_checkpoint_of_each_format_so_far_still_loads() -> None:
+    """format-1.ckpt: 30 steps of `python -m lm fit` on the tokens 0, 7, 2, 9, ... (7 more each time, modulo 12)."""
+    model, info = load_model(Path(__file__).parent / "checkpoints" / "format-1.ckpt")
+    tokens = torch.arange(16)[None] * 7 % 12
+    logits = model(tokens)
+    assert torch.equal(logits.argmax(-1), (tokens + 7) % 12)
+    expected = torch.tensor([0.3972556, 0.8910465, 0.7340088, 0.3663716, 2.8763211, -1.6823807])
+    torch.testing.assert_close(logits[0, -1, :6], expected, rtol=1e-4, atol=1e-5)
+    assert info["step"] == 30
+    assert info["data"]["context_length"] == 16
+    assert (info["transformer"]["head"], info["transformer"]["norm"]) == ("tied", "pre")
+
+
 # ------------------------------------------------------------------------------------------------------ damage
 
 
