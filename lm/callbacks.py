@@ -277,7 +277,7 @@ class Progress(ProgressBar):
         self.on_train_end(trainer, pl_module)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """Hours, minutes and seconds.
 
     >>> duration(59.6), duration(3725)

@@ -27,6 +27,8 @@ SETTINGS = [
     "--run.validate_every_n_steps=4",
     "--run.sample_tokens=4",
     "--run.name=toy",
+    "--run.max_minutes=null",
+    "--model.schedule.follow=steps",
 ]
 
 

@@ -1,0 +1,346 @@
+"""How runs end: on time, on signals, on numbers that are not finite; and what they leave behind."""
+
+import json
+import os
+import signal
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import SETTINGS, make_dataset, rows, start
+
+from lm import cli
+from lm.control import Clock, RunConfig, RunControl, Signals, Stopped, requeue_job
+from lm.module import LanguageModel
+
+Fit = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "toy")
+
+
+@pytest.fixture
+def fit(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    """`python -m lm fit` in this process; returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lm"])
+
+    def fit(*arguments: str, started: float | None = None) -> int:
+        began = time.monotonic() if started is None else started
+        return cli.main(["fit", f"--data.directory={dataset}", *SETTINGS, *arguments], began)
+
+    return fit
+
+
+RUN = Path("logs/toy/version_0")
+
+
+def summary() -> dict[str, Any]:
+    return json.loads((RUN / "summary.json").read_text())
+
+
+def before(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, action: Callable[[Any], None]) -> None:
+    """Let something happen whenever a method is called, before it."""
+    original = getattr(owner, name)
+
+    def method(self: Any, *args: Any) -> Any:
+        action(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(owner, name, method)
+
+
+# ------------------------------------------------------------------------------------------------------------- clock
+
+
+def test_between_agreements_the_clock_goes_by_steps_alone() -> None:
+    clock = Clock(started=0.0)
+    clock.agree(10, 100.0)
+    clock.agree(20, 120.0)
+    assert [clock.at(step) for step in (20, 21, 25)] == [120.0, 122.0, 130.0]
+    clock.previous = 1000.0
+    assert clock.now() > 1000.0
+
+
+@pytest.mark.parametrize("follow", ["clock", "steps"])
+def test_a_run_ends_in_time_with_slow_validation_and_slow_saving(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, follow: str
+) -> None:
+    before(monkeypatch, LanguageModel, "validation_step", lambda _: time.sleep(0.05))  # 6 batches
+    before(monkeypatch, RunControl, "on_save_checkpoint", lambda _: time.sleep(0.3))
+    before(monkeypatch, LanguageModel, "training_step", lambda _: time.sleep(0.02))
+    began = time.monotonic()
+    arguments = [f"--model.schedule.follow={follow}", "--trainer.max_steps=100000", "--run.max_minutes=0.1"]
+    assert fit(*arguments, "--run.validate_every_n_steps=1000", started=began) == 0
+    used = time.monotonic() - began
+    assert 3.0 < used < 6.0
+    last = summary()
+    assert last["status"] == "finished"
+    assert last["budget_seconds"] == 6.0
+    assert last["reserve_seconds"] > 0.6
+    assert abs(last["used_seconds"] - used) < 1.0
+    assert last["val_loss"] is not None
+    assert rows(RUN)[-1]["step"] == last["steps"] > 20, "the last row is a validation of the last step"
+    assert (RUN / f"checkpoints/step-{last['steps']:06d}.ckpt").is_file()
+    lowest = 0.02 * 5e-3
+    rate = [row["lr"] for row in rows(RUN) if "lr" in row][-1]
+    assert rate == pytest.approx(lowest, rel=0.5) if follow == "clock" else rate > 10 * lowest
+
+
+def test_time_used_before_a_resume_counts(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fit("--run.max_minutes=60", started=time.monotonic() - 1000) == 0
+    assert summary()["used_seconds"] > 1000
+    assert fit("--run.max_minutes=60", "--trainer.max_steps=12", "--resume=must", started=time.monotonic() - 500) == 0
+    assert 1500 < summary()["used_seconds"] < 1600
+    assert fit("--run.max_minutes=20", "--trainer.max_steps=99", "--resume=must") == 0
+    assert summary()["steps"] == 12, "no time was left"
+
+
+# ----------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_saves_and_ends_with_its_exit_code(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def at_step_three(module: Any) -> None:
+        if module.trainer.global_step == 2 and module.trainer.training:
+            signal.raise_signal(signum)
+
+    before(monkeypatch, LanguageModel, "training_step", at_step_three)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    assert fit() == 128 + signum
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert (RUN / "checkpoints/step-000003.ckpt").is_file()
+    assert summary()["status"] == "stopped"
+    assert "step-000003.ckpt is written: the same command with --resume auto goes on" in capfd.readouterr().err
+
+
+def test_a_validation_that_a_signal_cut_off_is_made_up_for(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+
+        def in_the_last_validation(module: Any) -> None:
+            if module.trainer.global_step == 8 and not module.trainer.sanity_checking:
+                signal.raise_signal(signal.SIGTERM)
+
+        before(patch, LanguageModel, "validation_step", in_the_last_validation)
+        assert fit() == 143
+    assert [row["step"] for row in rows(RUN) if "val/loss" in row] == [4]
+    assert fit("--resume=must") == 0
+    assert summary()["status"] == "finished"
+    assert summary()["val_loss"] == summary()["validation"]["val/loss"]
+    best = json.loads((RUN / "checkpoints/step-000008.json").read_text())
+    assert best["metrics"]["val/loss"] == summary()["val_loss"]
+
+
+def test_a_signal_outside_training_ends_the_process_at_once() -> None:
+    signals = Signals()
+    signals.install()
+    try:
+        with pytest.raises(Stopped) as stop:
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.value.exit_code == 143
+    finally:
+        signals.restore()
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = Signals()
+    try:
+        signals.install()
+        signal.raise_signal(signal.SIGHUP)
+        assert not signals.received
+    finally:
+        signals.restore()
+        signal.signal(signal.SIGHUP, handler)
+
+
+def test_slurm_is_asked_to_start_the_job_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    requeue_job()
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    requeue_job()
+    assert (tmp_path / "asked").read_text().splitlines() == ["requeue 7", "requeue 5_3"]
+
+
+# -------------------------------------------------------------------------------------------------------- divergence
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_run_that_diverges_keeps_its_last_finite_checkpoint(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    def poison(module: Any) -> None:
+        if module.trainer.global_step == 5 and module.trainer.training:
+            with torch.no_grad():
+                module.model.lm_head.weight[0, 0] = value
+
+    before(monkeypatch, LanguageModel, "training_step", poison)
+    assert fit("--model.transformer.head=untied", "--trainer.log_every_n_steps=4") == 3
+    assert summary()["status"] == "diverged"
+    assert [path.name for path in sorted((RUN / "checkpoints").glob("*.ckpt"))] == ["step-000004.ckpt"]
+    saved = torch.load(RUN / "checkpoints/step-000004.ckpt", weights_only=True)["state_dict"]
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    last = rows(RUN)[-1]
+    assert last["step"] == 6
+    assert last["train/loss"] is None, "the update that was not finite is in the log"
+
+
+# ----------------------------------------------------------------------------------------------------- one at a time
+
+
+def test_two_runs_cannot_share_a_folder(fit: Fit, capfd: pytest.CaptureFixture[str]) -> None:
+    from lm.checkpoint import lock_run
+
+    assert fit() == 0
+    with lock_run(RUN):
+        assert fit("--resume=must", "--trainer.max_steps=9") == 2
+    assert "is in use by process" in capfd.readouterr().err
+
+
+def test_what_to_resume_is_said_or_missed(fit: Fit, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        fit("--resume=must")
+    assert stop.value.code == 2
+    assert "no run in logs/toy has a good checkpoint" in capfd.readouterr().err
+    assert fit("--resume=auto") == 0
+    assert "nothing to resume in logs/toy: starting a new run" in capfd.readouterr().out
+    assert fit("--resume=auto", "--trainer.max_steps=10") == 0
+    assert "resuming logs/toy/version_0/checkpoints/step-000008.ckpt" in capfd.readouterr().out
+    assert summary()["steps"] == 10
+    assert [row["step"] for row in rows(RUN) if "lr" in row] == list(range(1, 11)), "no row lost, none doubled"
+    assert not Path("logs/toy/version_1").exists()
+
+
+def test_a_changed_learning_rate_takes_effect_on_resume_and_a_changed_model_is_refused(
+    fit: Fit, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fit() == 0
+    changed = ["--resume=must", "--trainer.max_steps=16", "--model.optimizer.lr=0.25", "--model.optimizer.eps=0.125"]
+    assert fit(*changed) == 0
+    assert next(row["lr"] for row in rows(RUN) if row["step"] == 9 and "lr" in row) > 0.05
+    saved = torch.load(RUN / "checkpoints/step-000016.ckpt", weights_only=True)
+    assert saved["optimizer_states"][0]["param_groups"][0]["eps"] == 0.125
+    assert fit("--resume=must", "--trainer.max_steps=20", "--model.transformer.norm=post") == 2
+    assert "another model: norm: checkpoint pre, now post" in capfd.readouterr().err
+    assert fit("--resume=must", "--trainer.max_steps=20", "--data.batch_size=2") == 2
+    assert "global_batch_size: checkpoint 4, now 2" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"max_minutes": 0.0}, "max_minutes=0.0 must be positive"),
+        ({"validate_every_n_steps": 0}, "validate_every_n_steps=0 must be positive"),
+        ({"sample_tokens": -1}, "sample_tokens=-1 must not be negative"),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**setting)
+
+
+# ------------------------------------------------------------------------------------- processes, as a user has them
+
+
+def wait_for_step(process: Any) -> str:
+    """What a process says until it trains."""
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("step "):
+            return said
+    raise AssertionError(said)
+
+
+def no_one_left(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+LONG = ["--trainer.max_steps=1000000", "--run.validate_every_n_steps=1000000", "--trainer.log_every_n_steps=10"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "signum", "to_group"),
+    [(1, signal.SIGTERM, False), (2, signal.SIGTERM, True), (2, signal.SIGINT, True), (2, signal.SIGTERM, False)],
+)
+def test_processes_end_together_on_a_signal(
+    tmp_path: Path, dataset: Path, ranks: int, signum: signal.Signals, to_group: bool
+) -> None:
+    arguments = ["fit", f"--data.directory={dataset}", *SETTINGS, *LONG, f"--trainer.devices={ranks}"]
+    process = start(*arguments, cwd=tmp_path)
+    said = wait_for_step(process)
+    (os.killpg if to_group else os.kill)(process.pid, signum)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, said + rest
+    assert no_one_left(process.pid)
+    saved = max((tmp_path / "logs/toy/version_0/checkpoints").glob("*.ckpt"))
+    assert torch.load(saved, weights_only=True)["global_step"] > 0
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_leaves_at_once(tmp_path: Path, dataset: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "from lightning.pytorch import Callback\n"
+        "class Slow(Callback):\n"
+        "    def on_train_batch_start(self, trainer, module, batch, index):\n"
+        "        time.sleep(100 if index == 20 else 0)\n"
+    )
+    arguments = ["fit", f"--data.directory={dataset}", *SETTINGS, *LONG, "--trainer.callbacks+=slow.Slow"]
+    process = start(*arguments, cwd=tmp_path)
+    wait_for_step(process)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 130
+
+
+FAULTS = """
+import os, time
+from lightning.pytorch import Callback
+
+class Fault(Callback):
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_rank == 1 and index == 20:
+            {action}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ('raise RuntimeError("the first fault")', "the first fault"),
+        ("os.kill(os.getpid(), 9)", "rank 1 ended with exit code -9"),
+        ("time.sleep(1000)", "a rank did not answer within run.timeout_minutes"),
+    ],
+    ids=["raises", "dies", "hangs"],
+)
+def test_a_rank_that_fails_ends_the_job(tmp_path: Path, dataset: Path, action: str, message: str) -> None:
+    (tmp_path / "faulty.py").write_text(FAULTS.format(action=action))
+    options = ["--trainer.devices=2", "--run.timeout_minutes=0.4", "--trainer.callbacks+=faulty.Fault"]
+    process = start("fit", f"--data.directory={dataset}", *SETTINGS, *LONG, *options, cwd=tmp_path)
+    said, _ = process.communicate(timeout=110)
+    assert process.returncode == 1, said
+    assert message in said
+    assert no_one_left(process.pid)
