@@ -527,7 +527,7 @@ def run(
 def _print_page(name: str, page: dict[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     config = page["config"]
     console.print(
         f"[bold]{name}[/bold]: {config['num_layers']} layers, d_model {config['d_model']}, d_ff {config['d_ff']}, "
@@ -562,8 +562,8 @@ def _print_page(name: str, page: dict[str, Any]) -> None:
     else:
         console.print(
             f"time: {page['num_tokens']:.4g} tokens on one {page['device']} at {page['mfu']:.0%} of "
-            f"{page['peak_flops'] / 1e12:,.1f} TFLOP/s ({page['dtype']}): {page['days']:,.2f} days "
-            f"({page['days'] * 24:,.1f} hours)"
+            f"{page['peak_flops'] / 1e12:,.1f} TFLOP/s ({page['dtype']}): {page['days']:,.2f} days, "
+            f"{page['days'] * 1440:,.1f} minutes"
         )
 
 

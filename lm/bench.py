@@ -310,7 +310,7 @@ def fit_in_rounds(setting: Setting, directory: Path, device: torch.device, other
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from lm.callbacks import MetricsLog, Progress
-    from lm.control import RunConfig, RunControl
+    from lm.control import RunConfig, RunControl, Stopped
     from lm.data import TokenDataModule
     from lm.module import LanguageModel
 
@@ -352,8 +352,12 @@ def fit_in_rounds(setting: Setting, directory: Path, device: torch.device, other
         batch_size=setting.batch_size,
         tokens_on="device" if device.type == "cuda" else "host",
     )
-    trainer.fit(LanguageModel(setting.model, compile=setting.compile), datamodule=data)
-    control.signals.restore()
+    try:
+        trainer.fit(LanguageModel(setting.model, compile=setting.compile), datamodule=data)
+    except Stopped as stop:  # by a signal, which the run's control has taken over
+        raise SystemExit(stop.exit_code) from None
+    finally:
+        control.signals.restore()
     return seconds
 
 
