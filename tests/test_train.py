@@ -48,6 +48,7 @@ def test_handouts_example() -> None:
         assert [first + second for first, second in learn(counts, 8)] == expected
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("num", [300, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_random_counts_full_of_ties(num: int) -> None:
     random = np.random.default_rng(num)
@@ -178,6 +179,14 @@ def test_bad_arguments_before_anything_is_read(tmp_path: Path) -> None:
         train_bpe(missing, 300, [], errors="ignore")  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError):
         train_bpe(missing, 300, [])
+
+
+def test_a_vocabulary_far_larger_than_the_merges_that_exist(tmp_path: Path, capsys, monkeypatch) -> None:
+    path = written(tmp_path, "some text with some words")
+    small = train_bpe(path, 10**9, [])
+    monkeypatch.setattr(train, "SMALL_BYTES", 0)
+    assert train_bpe(path, 10**9, []) == small
+    assert f"{len(small[0])} tokens instead of 1000000000" in capsys.readouterr().err
 
 
 def test_special_tokens_are_never_merged_into(tmp_path: Path) -> None:

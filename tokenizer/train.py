@@ -160,9 +160,9 @@ def train_from_counts(counts: PretokenCounts, num_merges: int, *, progress: bool
                 state.numbers[merge.CUTOFF] = max(1, state.numbers[merge.CUTOFF] // 4)
                 state = indexed(state)
             show(int(state.numbers[merge.NUM_MERGES]))
-    text, offsets = state.tokens.text.tobytes(), state.tokens.offsets.tolist()
     pairs = state.merges[: state.numbers[merge.NUM_MERGES]].tolist()
-    tokens = [text[begin:end] for begin, end in itertools.pairwise(offsets[: 256 + len(pairs) + 1])]
+    text, offsets = state.tokens.text.tobytes(), state.tokens.offsets[: 256 + len(pairs) + 1].tolist()
+    tokens = [text[begin:end] for begin, end in itertools.pairwise(offsets)]
     return [(tokens[first], tokens[second]) for first, second in pairs]
 
 
@@ -179,6 +179,7 @@ def new_state(counts: PretokenCounts, num_merges: int) -> "State":
     words = merge.Words(np.empty(num_slots, np.int32), np.empty(num_slots, np.uint32), np.empty(num_words, np.int64))
     merge.lay_out(*counts, words)
 
+    num_merges = min(num_merges, num_bytes - num_words)  # a merge makes at least one pre-token shorter
     num_tokens = 256 + num_merges
     offsets = np.zeros(num_tokens + 1, np.int64)
     offsets[:257] = np.arange(257)
@@ -193,13 +194,14 @@ def new_state(counts: PretokenCounts, num_merges: int) -> "State":
             *np.zeros((3, num_tokens), np.int64),
         )
 
+    num_pairs = 1 << min(num_bytes.bit_length(), 17)
     numbers = np.zeros(7, np.int64)
     numbers[merge.CUTOFF] = first_cutoff(int(counts.counts.sum()), num_merges)
     return merge.State(
         words=words,
         tokens=merge.Tokens(text, offsets),
-        pairs=new_pairs(1 << 17),
-        queue=merge.Queue(*np.empty((2, 1 << 17), np.int64)),
+        pairs=new_pairs(num_pairs),
+        queue=merge.Queue(*np.empty((2, num_pairs), np.int64)),
         places=np.empty(2 * num_bytes + 1, np.uint32),  # memory that is not written to costs nothing
         left=side(),
         right=side(),
