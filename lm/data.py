@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -99,33 +99,33 @@ class TokenFile:
         return TokenFile, (self.path,)  # a worker process opens its own
 
 
-Tokens = np.ndarray | TokenFile
-
-
-def take_windows(
-    tokens: Tokens, starts: Sequence[int] | np.ndarray, context_length: int
-) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-    """Inputs `tokens[s : s + context_length]` and targets one further, for every start s, as int64."""
-    rows = [tokens[s : s + context_length + 1] for s in np.asarray(starts).tolist()]
-    block = torch.from_numpy(np.stack(rows).astype(np.int64))
-    return block[:, :-1].contiguous(), block[:, 1:].contiguous()
-
-
 def get_batch(
-    x: Integer[np.ndarray, " tokens"], batch_size: int, context_length: int, device: str | torch.device
+    x: Integer[np.ndarray, " tokens"] | TokenFile,
+    batch_size: int,
+    context_length: int,
+    device: str | torch.device,
+    starts: Int[np.ndarray, " batch_size"] | None = None,
 ) -> tuple[Int[Tensor, "batch_size context_length"], Int[Tensor, "batch_size context_length"]]:
-    """Random windows of `x` and the tokens that follow, on `device`. CS336 A1 section 5.1.
+    """Windows of `x` and the tokens that follow each of theirs, int64, on `device`. CS336 A1 section 5.1.
 
-    The starts are uniform over the len(x) - context_length possible ones and come from torch's generator. A run draws
-    its starts from `WindowOrder` instead, which can go on anywhere, and takes the windows in the same way.
+    Args:
+        x: the token ids.
+        batch_size: number of windows.
+        context_length: tokens per window.
+        device: where the batch goes.
+        starts: where the windows begin, as a run takes them from `WindowOrder`; without, torch's generator draws them,
+            uniformly over all len(x) - context_length.
 
     Raises:
         ValueError: `x` is shorter than one window and its target.
     """
     check_length(len(x), context_length, "x")
-    starts = torch.randint(len(x) - context_length, (batch_size,)).numpy()
-    inputs, targets = take_windows(np.asarray(x), starts, context_length)
-    return inputs.to(device), targets.to(device)
+    if starts is None:
+        starts = torch.randint(len(x) - context_length, (batch_size,)).numpy()
+    tokens = np.asarray(x) if isinstance(x, np.ndarray) else x  # slices of a plain array are quicker than of a memmap
+    rows = [tokens[start : start + context_length + 1] for start in starts.tolist()]
+    block = torch.from_numpy(np.stack(rows).astype(np.int64))
+    return block[:, :-1].contiguous().to(device), block[:, 1:].contiguous().to(device)
 
 
 def check_length(num_tokens: int, context_length: int, name: str) -> None:
@@ -190,7 +190,7 @@ class TrainingBatches(Dataset):
     """
 
     def __init__(
-        self, tokens: Tokens, order: WindowOrder, batch_size: int, rank: int, world_size: int, starts_only: bool
+        self, tokens: TokenFile, order: WindowOrder, batch_size: int, rank: int, world_size: int, starts_only: bool
     ):
         self.tokens, self.order, self.batch_size, self.starts_only = tokens, order, batch_size, starts_only
         self.rank, self.world_size = rank, world_size
@@ -199,7 +199,7 @@ class TrainingBatches(Dataset):
         starts = self.order.starts((t * self.world_size + self.rank) * self.batch_size, self.batch_size)
         if self.starts_only:
             return torch.from_numpy(starts)
-        return take_windows(self.tokens, starts, self.order.context_length)
+        return get_batch(self.tokens, self.batch_size, self.order.context_length, "cpu", starts)
 
 
 class CountFrom:
@@ -220,7 +220,9 @@ class ValidationBatches(Dataset):
     batches, as collective operations inside a forward need it.
     """
 
-    def __init__(self, tokens: Tokens, context_length: int, batch_size: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, tokens: np.ndarray | TokenFile, context_length: int, batch_size: int, rank: int = 0, world_size: int = 1
+    ):
         self.tokens, self.context_length = tokens, context_length
         num_windows = math.ceil((len(tokens) - 1) / context_length)
         per_rank = math.ceil(num_windows / world_size)
@@ -256,9 +258,9 @@ class DeviceTokens:
             ids = tokens[start : start + block].view(f"<i{bits // 8}")
             self.ids[start : start + len(ids)] = torch.from_numpy(ids.copy()).to(device)
 
-    def take_windows(
-        self, starts: Int[Tensor, " batch"], context_length: int
-    ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+    def get_batch(
+        self, context_length: int, starts: Int[Tensor, " batch_size"]
+    ) -> tuple[Int[Tensor, "batch_size context_length"], Int[Tensor, "batch_size context_length"]]:
         """What the function of this name returns, gathered on the device."""
         index = starts[:, None] + torch.arange(context_length + 1, device=starts.device)
         block = self.ids[index].long() & self.mask
@@ -456,7 +458,7 @@ class TokenDataModule(pl.LightningDataModule):
             return batch
         if self._device_tokens is None:
             self._device_tokens = DeviceTokens(self._splits["train"], batch.device)
-        return self._device_tokens.take_windows(batch, self.context_length)
+        return self._device_tokens.get_batch(self.context_length, batch)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint must agree with for a run to go on as if it had not stopped. Plain values."""

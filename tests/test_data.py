@@ -219,7 +219,7 @@ def test_tokens_on_the_device_give_the_same_batches(tmp_path: Path, dtype: str) 
     host, starts = (TrainingBatches(tokens, order, 4, 0, 1, starts_only=only) for only in (False, True))
     resident = DeviceTokens(tokens, torch.device("cpu"), block=1024)
     for t in range(20):
-        for expected, actual in zip(host[t], resident.take_windows(starts[t], 16), strict=True):
+        for expected, actual in zip(host[t], resident.get_batch(16, starts[t]), strict=True):
             assert torch.equal(expected, actual)
 
 
