@@ -252,7 +252,7 @@ class TestEncodeIterable:
             tokenizer.compile()
         tokenizer.encode("warm up")
         rng = random.Random(0)
-        words = ("".join(rng.choices("etaoinshrdlu", k=rng.randrange(2, 12))) + " " for _ in range(30_000))
+        words = ("".join(rng.choices("etaoinshrdlu", k=rng.randrange(2, 12))) + " " for _ in range(15_000))
         tracemalloc.start()
         try:
             for _ in tokenizer.encode_iterable(words):

@@ -233,12 +233,13 @@ def hash_bytes(text: NDArray[np.uint8], begin: int, length: int) -> Word:
 
 
 @kernel
-def key_of(text: NDArray[np.uint8], begin: int, length: int) -> tuple[Word, Word]:
+def key_of(text: NDArray[np.uint8], begin: Word, length: Word) -> tuple[Word, Word]:
     """The key of a pre-token: its bytes and their number, or the hash and length of a long one."""
-    if length <= INLINE_BYTES:
-        low = load_word(text, begin) & LOW_MASKS[length]
-        return low, (load_word(text, begin + 8) & HIGH_MASKS[length]) | (Word(length) << Word(56))
-    return hash_bytes(text, begin, length), LONG | Word(length)
+    place = np.int64(begin)
+    if length <= Word(INLINE_BYTES):
+        low = load_word(text, place) & LOW_MASKS[length]
+        return low, (load_word(text, place + 8) & HIGH_MASKS[length]) | (length << Word(56))
+    return hash_bytes(text, place, np.int64(length)), LONG | length
 
 
 @kernel
@@ -263,10 +264,10 @@ def rebuild(old: NDArray[np.uint64], new: NDArray[np.uint64]) -> None:
 
 
 @kernel
-def same_bytes(text: NDArray[np.uint8], begin: int, length: int, spill: NDArray[np.uint32], position: int) -> bool:
+def same_bytes(text: NDArray[np.uint8], begin: Word, length: Word, spill: NDArray[np.uint32], position: Word) -> bool:
     """Whether text[begin : begin + length] is the long key stored at spill[position:]."""
-    for i in range(length):  # noqa: SIM110  Numba compiles no generators
-        if text[begin + i] != (spill[position + i // 4] >> (8 * (i % 4))) & 255:
+    for i in range(length):
+        if text[begin + i] != (spill[position + (i >> Word(2))] >> np.uint32(Word(8) * (i & Word(3)))) & 255:
             return False
     return True
 
@@ -333,17 +334,18 @@ def encode_pretokens(
     cache: Cache,
     work: Work,
     out: NDArray[np.uint32],
-    count: np.int64,
-) -> np.int64:
+    count: Word,
+) -> Word:
     """Append the ids of pre-tokens text[starts[i] : starts[i + 1]] to `out[count:]`; the new count."""
     slots, spill = cache.slots, cache.spill
     wrap = Word(len(slots) - SLOT)
     lows, highs, homes = work.lows, work.highs, work.homes
-    for first in range(0, num_pretokens, BATCH):
-        size = min(BATCH, num_pretokens - first)
+    # Indices are unsigned because Numba asks of each signed one whether it is negative.
+    for first in range(Word(0), Word(num_pretokens), Word(BATCH)):
+        size = min(Word(BATCH), Word(num_pretokens) - first)
         for i in range(size):
-            begin = np.int64(starts[first + i])
-            length = np.int64(starts[first + i + 1]) - begin
+            begin = Word(starts[first + i])
+            length = Word(starts[first + i + ONE]) - begin
             lows[i], highs[i] = key_of(text, begin, length)
             homes[i] = slot_of(lows[i], highs[i], slots)
             prefetch(slots, np.int64(homes[i]) * 8)
@@ -351,30 +353,30 @@ def encode_pretokens(
             low, high, slot = lows[i], highs[i], homes[i]
             while slots[slot + ONE] != NONE:
                 if slots[slot] == low and slots[slot + ONE] == high:
-                    number = np.int64(slots[slot + Word(3)] >> HALF)
-                    if number <= INLINE_IDS:
+                    number = slots[slot + Word(3)] >> HALF
+                    if number <= Word(INLINE_IDS):
                         out[count] = slots[slot + Word(2)] & LOW_HALF
-                        out[count + 1] = slots[slot + Word(2)] >> HALF
-                        out[count + 2] = slots[slot + Word(3)] & LOW_HALF
+                        out[count + ONE] = slots[slot + Word(2)] >> HALF
+                        out[count + Word(2)] = slots[slot + Word(3)] & LOW_HALF
                         count += number
                         break
-                    number -= INLINE_IDS
-                    position = np.int64(slots[slot + Word(2)])
-                    begin, length = np.int64(starts[first + i]), np.int64(high & ~LONG)
-                    if high < LONG or same_bytes(text, begin, length, spill, position + number):
+                    number -= Word(INLINE_IDS)
+                    spilled = slots[slot + Word(2)]
+                    begin, length = Word(starts[first + i]), high & ~LONG
+                    if high < LONG or same_bytes(text, begin, length, spill, spilled + number):
                         for j in range(number):
-                            out[count + j] = spill[position + j]
+                            out[count + j] = spill[spilled + j]
                         count += number
                         break
                 slot = (slot + Word(SLOT)) & wrap
             else:
-                begin = np.int64(starts[first + i])
-                length = np.int64(starts[first + i + 1]) - begin
-                number = np.int64(merge_pretoken(text, begin, length, rules, work))
+                begin = Word(starts[first + i])
+                length = Word(starts[first + i + ONE]) - begin
+                number = Word(merge_pretoken(text, np.int64(begin), np.int64(length), rules, work))
                 for j in range(number):
                     out[count + j] = work.ids[j]
-                if length <= MAX_CACHED_BYTES:
-                    store(text, begin, length, work.ids, number, low, high, slot, cache)
+                if length <= Word(MAX_CACHED_BYTES):
+                    store(text, np.int64(begin), np.int64(length), work.ids, np.int64(number), low, high, slot, cache)
                 count += number
     return count
 
@@ -394,23 +396,23 @@ def encode_known(
     """
     num_pretokens = scan(text, 0, end, classes, starts, 0)
     starts[num_pretokens] = end
-    count = np.int64(0)
-    for i in range(num_pretokens):
-        begin = np.int64(starts[i])
-        low, high = key_of(text, begin, np.int64(starts[i + 1]) - begin)
+    count = NONE
+    for i in range(Word(num_pretokens)):
+        begin = Word(starts[i])
+        low, high = key_of(text, begin, Word(starts[i + ONE]) - begin)
         slot = slot_of(low, high, slots)
         while slots[slot] != low or slots[slot + ONE] != high:
             if slots[slot + ONE] == NONE:
                 return np.int64(-1)
             slot = (slot + Word(SLOT)) & Word(len(slots) - SLOT)
-        number = np.int64(slots[slot + Word(3)] >> HALF)
-        if number > INLINE_IDS:
+        number = slots[slot + Word(3)] >> HALF
+        if number > Word(INLINE_IDS):
             return np.int64(-1)
         out[count] = slots[slot + Word(2)] & LOW_HALF
-        out[count + 1] = slots[slot + Word(2)] >> HALF
-        out[count + 2] = slots[slot + Word(3)] & LOW_HALF
+        out[count + ONE] = slots[slot + Word(2)] >> HALF
+        out[count + Word(2)] = slots[slot + Word(3)] & LOW_HALF
         count += number
-    return count
+    return np.int64(count)
 
 
 @kernel
@@ -467,27 +469,27 @@ def encode_text(
         starts: scratch, room for end - begin + 1 entries (few of them touched, unless the text has no blanks).
         out: of any integer type that holds the ids; room for end - begin + 3 of them.
     """
-    count = np.int64(0)
+    count = NONE
     while begin < end:
         stop, row = end, np.int64(-1)
         if len(specials.numbers) > 0:
             stop, row = find_special_token(text, begin, end, specials)
         while begin < stop:
             if 2 * SLOT * cache.used[0] > len(cache.slots) or 4 * cache.used[1] > 3 * len(cache.spill):
-                return begin, count
+                return begin, np.int64(count)
             piece = piece_end(text, begin, stop)
             number = scan(text, begin, piece, classes, starts, 0)
             starts[number] = piece
             work.needed[0] = longest(starts, number)
             if work.needed[0] > len(work.ids):
-                return begin, count
+                return begin, np.int64(count)
             count = encode_pretokens(text, starts, number, rules, cache, work, out, count)
             begin = piece
         if row >= 0:
             out[count] = special_ids[specials.numbers[row]]
-            count += np.int64(1)
+            count += ONE
             begin = stop + specials.offsets[row + 1] - specials.offsets[row]
-    return begin, count
+    return begin, np.int64(count)
 
 
 @kernel
