@@ -280,8 +280,10 @@ def generate(
 # --------------------------------------------------------------------------------------------------- the command
 
 
-def load(ckpt: Path | None, logs: Path, tokenizer: Path | None, device: str) -> tuple[TransformerLM, Tokenizer]:
-    """The model of a checkpoint (default: the best one of the newest run below `logs`) and its run's tokenizer.
+def load(
+    ckpt: Path | None, logs: Path, tokenizer: Path | None, device: str
+) -> tuple[TransformerLM, Tokenizer, dict[str, Any]]:
+    """The model of a checkpoint (default: the best one of the newest run below `logs`), its run's tokenizer, its facts.
 
     Raises:
         FileNotFoundError: no run, no checkpoint, or no tokenizer beside it.
@@ -301,7 +303,7 @@ def load(ckpt: Path | None, logs: Path, tokenizer: Path | None, device: str) -> 
             f"{directory} has vocab_size={loaded.vocab_size}, the model of {info['path']} {model.config.vocab_size}: "
             "it was trained with another tokenizer"
         )
-    return model, loaded
+    return model, loaded, info
 
 
 def run(
@@ -341,7 +343,7 @@ def run(
     """
     sampling = Sampling(temperature, top_k, top_p, min_p)
     seed = random.randrange(2**31) if seed is None else seed
-    model, loaded = load(ckpt, logs, tokenizer, device)
+    model, loaded, _ = load(ckpt, logs, tokenizer, device)
     if interactive:
         _session(model, loaded, max_new_tokens, sampling, seed)
         return

@@ -1,0 +1,199 @@
+"""lm.export against transformers and gguf: equal logits, equal ids, equal greedy text; refusals; the way back."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lm.checkpoint import AtomicCheckpointIO, load_model
+from lm.export import (
+    config_from_hf,
+    export_gguf,
+    export_hf,
+    halves_to_neighbours,
+    hf_config,
+    import_hf,
+    neighbours_to_halves,
+    run,
+    run_import,
+)
+from lm.generate import generate
+from lm.model import TransformerConfig, TransformerLM
+from tokenizer import Tokenizer
+
+HARD_TEXTS = [
+    "Once upon a time, there was a little girl.",
+    "  two  spaces\t\ttabs\n\n\nlines \u00a0 \u2003 ",
+    "I'll don't we've it's I'M",
+    "naïve café 猫が好き مرحبا 🙂👩‍👩‍👧 ½ ² ٣",
+    "a<|endoftext|>b <|endoftext|>",
+    "\x00\x1f\u0085 x , y .",
+]
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer() -> Tokenizer:
+    """All bytes, a few merges, one special token."""
+    merges = [(b" ", b"t"), (b"h", b"e"), (b" t", b"he"), (b"\xe7", b"\x8c"), (b" ", b" ")]
+    tokens = [b"<|endoftext|>", *(bytes([i]) for i in range(256)), *(left + right for left, right in merges)]
+    return Tokenizer(dict(enumerate(tokens)), merges, ["<|endoftext|>"])
+
+
+def make_model(**changes: object) -> TransformerLM:
+    torch.manual_seed(0)
+    config = TransformerConfig(vocab_size=270, context_length=48, num_layers=2, num_heads=4, d_model=32, d_ff=64)
+    return TransformerLM(dataclasses.replace(config, **changes)).eval()
+
+
+def test_reordering_of_rows_and_its_inverse() -> None:
+    weight = torch.arange(12.0)[:, None].expand(12, 2)
+    assert neighbours_to_halves(weight, 2)[:, 0].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+    assert torch.equal(halves_to_neighbours(neighbours_to_halves(weight, 2), 2), weight)
+
+
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_transformers_loads_the_same_model(head: str, tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    ours = make_model(head=head, rope_theta=5000.0)
+    export_hf(ours, small_tokenizer, tmp_path, {"step": 12, "metrics": {"val/loss": 1.25}, "data": {"seed": 1}})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    token_ids = torch.randint(270, (3, 48))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(token_ids).logits, ours(token_ids), rtol=1e-4, atol=1e-5)
+
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in HARD_TEXTS:
+        assert their_tokenizer.encode(text) == small_tokenizer.encode(text)
+        assert their_tokenizer.decode(small_tokenizer.encode(text)) == text
+
+    prompt = torch.tensor([small_tokenizer.encode("the cat")])
+    text = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False, pad_token_id=0
+    )
+    expected = generate(ours, small_tokenizer, "the cat", max_new_tokens=20, temperature=0)[0]
+    assert small_tokenizer.decode(text[0, prompt.shape[1] :].tolist()).removesuffix("<|endoftext|>") == expected
+    assert "val/loss: 1.2500" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_what_was_exported_comes_back_bit_for_bit(head: str, tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    pytest.importorskip("safetensors")
+    ours = make_model(head=head)
+    export_hf(ours, small_tokenizer, tmp_path)
+    back = import_hf(tmp_path)
+    assert back.config == ours.config
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("change", [{"norm": "post"}, {"norm": "none"}, {"position": "none"}, {"ffn": "silu"}], ids=str)
+def test_what_llama_cannot_express_is_refused(change: dict, tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name}={value} cannot be expressed"):
+        export_hf(make_model(**change), small_tokenizer, tmp_path / "out")
+    with pytest.raises(ValueError, match=f"{name}={value} cannot be expressed"):
+        export_gguf(make_model(**change), small_tokenizer, tmp_path / "out.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2'"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type='llama3'"),
+        ({"head_dim": 16}, "head_dim=16"),
+    ],
+    ids=str,
+)
+def test_foreign_llamas_are_refused(change: dict, message: str, tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    pytest.importorskip("safetensors")
+    export_hf(make_model(), small_tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(config | change, tmp_path / "config.json")
+
+
+def test_missing_and_damaged_directories(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    pytest.importorskip("safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        import_hf(tmp_path)
+    export_hf(make_model(), small_tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match="lacks 9 weights"):
+        import_hf(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 65}))
+    with pytest.raises(ValueError, match="not what it says"):
+        import_hf(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="only safetensors"):
+        import_hf(tmp_path)
+
+
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_gguf_holds_the_same_weights_and_tokens(head: str, tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    gguf = pytest.importorskip("gguf")
+    ours = make_model(head=head)
+    export_gguf(ours, small_tokenizer, tmp_path / "model.gguf", "small")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    state = ours.state_dict()
+    assert torch.equal(tensors["blk.1.attn_q.weight"], state["layers.1.attn.q_proj.weight"])
+    assert torch.equal(tensors["token_embd.weight"], state["token_embeddings.weight"])
+    assert ("output.weight" in tensors) == (head == "untied")
+    assert len(tensors) == len(state)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["llama.rope.freq_base"] == pytest.approx(10_000)
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert fields["tokenizer.ggml.tokens"][0] == "<|endoftext|>"
+    assert fields["tokenizer.ggml.tokens"][257] == "Ġt"
+    assert fields["tokenizer.ggml.merges"][:2] == ["Ġ t", "h e"]
+    assert len(fields["tokenizer.ggml.tokens"]) == 270
+
+
+def test_transformers_reads_the_gguf_as_the_same_model(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    """Through its converter alone: `from_pretrained(gguf_file=...)` asks for the package accelerate."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    ours = make_model()
+    export_gguf(ours, small_tokenizer, tmp_path / "model.gguf")
+    skeleton = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf_config(ours.config, 0, "float32"))).eval()
+    found = load_gguf_checkpoint(tmp_path / "model.gguf", return_tensors=True, model_to_load=skeleton)
+    assert found["config"]["hidden_size"] == 32
+    skeleton.load_state_dict(found["tensors"])
+    token_ids = torch.randint(270, (2, 48))
+    with torch.no_grad():
+        torch.testing.assert_close(skeleton(token_ids).logits, ours(token_ids), rtol=1e-4, atol=1e-5)
+
+
+def test_commands_there_and_back(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    pytest.importorskip("safetensors")
+    pytest.importorskip("gguf")
+    ours, here = make_model(), tmp_path / "run" / "version_0"
+    contents = {
+        "state_dict": {f"model.{name}": weight for name, weight in ours.state_dict().items()},
+        "transformer": dataclasses.asdict(ours.config),
+        "global_step": 7,
+    }
+    AtomicCheckpointIO().save_checkpoint(contents, here / "checkpoints" / "step-000007.ckpt")
+    small_tokenizer.save(here / "tokenizer")
+    run("hf", logs=tmp_path)
+    run("gguf", logs=tmp_path)
+    assert (here / "model.gguf").is_file()
+    run_import("hf", here / "hf", tmp_path / "imported")
+    back, _ = load_model(tmp_path / "imported")
+    token_ids = torch.randint(270, (1, 20))
+    with torch.no_grad():
+        assert torch.equal(back(token_ids), ours(token_ids))
+    assert Tokenizer.from_directory(tmp_path / "imported" / "tokenizer").sha256 == small_tokenizer.sha256
+    with pytest.raises(FileExistsError, match="choose another --output"):
+        run_import("hf", here / "hf", tmp_path / "imported")
