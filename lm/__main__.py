@@ -22,6 +22,7 @@ TOOLS = {
     "sweep": ("lm.sweep:sweep", "many runs from one file"),
     "report": ("lm.report:report", "curves and tables of a study's runs"),
     "export": ("lm.export:run", "a checkpoint for other tools"),
+    "import": ("lm.export:run_import", "a run made of another tool's model"),
 }
 
 
