@@ -1,0 +1,197 @@
+"""The training recipe: schedule, loss, optimizer and validation, as the Trainer runs them."""
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from toy import SETTINGS, make_dataset, rows
+
+from lm import cli
+from lm.checkpoint import load_model
+from lm.data import WindowOrder, get_batch, open_split
+from lm.model import TransformerConfig, TransformerLM
+from lm.module import LanguageModel, LearningRate, OptimizerConfig, ScheduleConfig, TokenLoss
+
+RUN = Path("logs/toy/version_0")
+Fit = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "toy")
+
+
+@pytest.fixture
+def fit(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lm"])
+
+    def fit(*arguments: str) -> int:
+        return cli.main(["fit", f"--data.directory={dataset}", *SETTINGS, *arguments], time.monotonic())
+
+    return fit
+
+
+# ---------------------------------------------------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize("shape", ["cosine", "trapezoid"])
+def test_the_rate_rises_to_the_highest_and_ends_at_the_lowest_with_the_last_update(shape: Any) -> None:
+    schedule = ScheduleConfig(shape=shape, warmup_steps=10, min_lr_ratio=0.1)
+    rates = [schedule.rate(step, 100.0, 2.0) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.2), "the first update is not lost"
+    assert max(rates) == pytest.approx(2.0)
+    assert rates[9] == pytest.approx(2.0)
+    assert rates[-1] == pytest.approx(0.2)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+
+
+def test_a_resumed_schedule_is_the_one_given_now() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    old = LearningRate(optimizer, lambda step: 1.0 / step)
+    for _ in range(3):
+        old.step()
+    new = LearningRate(optimizer, lambda step: 10.0 * step)
+    new.load_state_dict(old.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 40.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimizerConfig(lr=0.0), "lr=0.0 must be positive"),
+        (lambda: OptimizerConfig(lr=math.nan), "lr=nan must be positive"),
+        (lambda: OptimizerConfig(betas=(0.9, 1.0)), "betas="),
+        (lambda: OptimizerConfig(weight_decay=-0.1), "weight_decay=-0.1 must not be negative"),
+        (lambda: ScheduleConfig(warmup_steps=-1), "warmup_steps=-1 must not be negative"),
+        (lambda: ScheduleConfig(min_lr_ratio=1.5), "min_lr_ratio=1.5 must be in"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# -------------------------------------------------------------------------------------------------------- validation
+
+
+def test_the_mean_over_batches_of_different_sizes_is_that_over_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(1000, generator=generator, dtype=torch.float64)
+    metric = TokenLoss()
+    for part in losses.split([1, 499, 300, 200]):
+        metric.update(part.mean().float(), len(part))
+    assert metric.compute().item() == pytest.approx(losses.mean().item(), abs=1e-7)
+    assert metric.compute().dtype == torch.float64
+
+
+def test_the_validation_loss_is_that_of_torch_over_every_target(fit: Fit, dataset: Path) -> None:
+    assert fit("--data.val_batch_size=3") == 0
+    model, _ = load_model(max(RUN.glob("checkpoints/*.ckpt")))
+    tokens = torch.from_numpy(open_split(dataset, "valid")[:].astype("int64"))
+    nats, context = 0.0, 16
+    with torch.no_grad():
+        for begin in range(0, len(tokens) - 1, context):
+            window = tokens[begin : begin + context + 1]
+            nats += F.cross_entropy(model(window[:-1]), window[1:], reduction="sum").item()
+    loss = nats / (len(tokens) - 1)
+    result = json.loads((RUN / "summary.json").read_text())["validation"]
+    assert result["val/loss"] == pytest.approx(loss, abs=1e-5)
+    assert result["val/perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    num_bytes = json.loads((dataset / "meta.json").read_text())["splits"]["valid"]["num_bytes"]
+    assert result["val/bits_per_byte"] == pytest.approx(loss / math.log(2) * len(tokens) / num_bytes, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def test_the_trainer_takes_the_steps_of_a_plain_loop(fit: Fit, dataset: Path) -> None:
+    """The same windows, clipping, rate and AdamW (torch's) in ten lines give the same losses."""
+    assert fit("--trainer.gradient_clip_val=0.5", "--seed_everything=3") == 0
+    torch.manual_seed(3)
+    config = TransformerConfig(
+        vocab_size=257, context_length=16, num_layers=1, num_heads=2, d_model=16, d_ff=32, head="tied"
+    )
+    model, schedule = TransformerLM(config), ScheduleConfig(warmup_steps=2, min_lr_ratio=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)
+    tokens = open_split(dataset, "train")
+    order = WindowOrder(len(tokens), 16)
+    logged = [row for row in rows(RUN) if "train/loss" in row]
+    assert len(logged) == 8
+    for step, row in enumerate(logged, start=1):
+        inputs, targets = get_batch(tokens, 4, 16, "cpu", order.starts((step - 1) * 4, 4))
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.param_groups[0]["lr"] = schedule.rate(step, 8.0, 5e-3)
+        optimizer.step()
+        assert row["train/loss"] == pytest.approx(loss.item(), abs=1e-4)
+        assert row["grad_norm"] == pytest.approx(norm.item(), abs=1e-3)
+        assert row["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert row["tokens_seen"] == step * 64
+
+
+def test_accumulated_batches_are_one_larger_batch(fit: Fit) -> None:
+    assert fit("--run.name=one", "--data.batch_size=8") == 0
+    assert fit("--run.name=two", "--data.batch_size=4", "--trainer.accumulate_grad_batches=2") == 0
+    one, two = rows(Path("logs/one/version_0")), rows(Path("logs/two/version_0"))
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    for a, b in zip(one, two, strict=True):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], abs=1e-4), name
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another(fit: Fit) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert fit(f"--run.name={name}", f"--seed_everything={seed}") == 0
+    a, b, c = (rows(Path(f"logs/{name}/version_0")) for name in "abc")
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bfloat16_trains_and_measures_in_float64(fit: Fit, precision: str) -> None:
+    assert fit(f"--trainer.precision={precision}", "--trainer.max_steps=30", "--model.optimizer.lr=0.02") == 0
+    weights = torch.load(max(RUN.glob("checkpoints/*.ckpt")), weights_only=True)["state_dict"]
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert {tensor.dtype for tensor in weights.values()} == {dtype}
+    losses = [row["val/loss"] for row in rows(RUN) if "val/loss" in row]
+    assert losses[-1] < losses[0]
+    assert losses[-1] != pytest.approx(torch.tensor(losses[-1]).bfloat16().item(), abs=1e-9)
+
+
+def test_activation_checkpointing_changes_nothing(fit: Fit) -> None:
+    assert fit("--run.name=plain") == 0
+    assert fit("--run.name=again", "--model.transformer.activation_checkpointing=true") == 0
+    assert rows(Path("logs/plain/version_0")) == rows(Path("logs/again/version_0"))
+
+
+@pytest.mark.slow
+def test_compiled_or_not_the_run_is_the_same_and_checkpoints_go_both_ways(fit: Fit) -> None:
+    assert fit("--run.name=eager") == 0
+    assert fit("--run.name=compiled", "--model.compile=true") == 0
+    eager, compiled = rows(Path("logs/eager/version_0")), rows(Path("logs/compiled/version_0"))
+    for a, b in zip(eager, compiled, strict=True):
+        assert b == pytest.approx(a, abs=1e-3)
+    assert fit("--run.name=eager", "--model.compile=true", "--resume=must", "--trainer.max_steps=10") == 0
+    assert fit("--run.name=compiled", "--resume=must", "--trainer.max_steps=10") == 0
+    a, b = (rows(Path(f"logs/{name}/version_0"))[-1] for name in ("eager", "compiled"))
+    assert b == pytest.approx(a, abs=1e-3)
+
+
+def test_a_checkpoint_is_plain_and_names_its_model(fit: Fit) -> None:
+    assert fit() == 0
+    checkpoint = torch.load(max(RUN.glob("checkpoints/*.ckpt")), weights_only=True)
+    assert checkpoint["transformer"]["norm"] == "pre"
+    assert checkpoint["transformer"]["vocab_size"] == 257
+    assert all(name.startswith("model.") for name in checkpoint["state_dict"])
+    with pytest.raises(ValueError, match="not written by `python -m lm fit`"):
+        LanguageModel(TransformerConfig(vocab_size=257)).on_load_checkpoint({})
