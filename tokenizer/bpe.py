@@ -5,6 +5,7 @@ remembers their ids, and nothing has to be compiled or even imported. From `COMP
 `compile` is called, the kernels do it, some ten times faster.
 """
 
+import array
 import codecs
 import copy
 import functools
@@ -114,16 +115,20 @@ class Tokenizer:
                 raise ValueError(f"vocab lacks the single byte 0x{byte:02X}: some text could not be encoded")
 
     def _index_merges(self) -> None:
-        """Set `_merge_ids`: left part, right part and product of each merge, one after the other."""
+        """Set `_ranks`, {pair of ids: (rank, id of the product)}; of a repeated merge the first counts.
+
+        And `_merge_ids`: left part, right part and product of each merge, one after the other.
+        """
         ids = self._ids
-        self._merge_ids: list[int] = []
-        try:
-            for left, right in self.merges:
-                self._merge_ids += ids[left], ids[right], ids[left + right]
-        except KeyError as error:
-            rank = len(self._merge_ids) // 3
-            left, right = self.merges[rank]
-            raise ValueError(f"merges[{rank}] is {left!r} + {right!r}, but vocab lacks {error.args[0]!r}") from None
+        self._ranks: dict[tuple[int, int], tuple[int, int]] = {}
+        self._merge_ids = array.array("q")
+        for rank, (left, right) in enumerate(self.merges):
+            for token in (left, right, left + right):
+                if token not in ids:
+                    raise ValueError(f"merges[{rank}] is {left!r} + {right!r}, but vocab lacks {token!r}")
+            pair, product = (ids[left], ids[right]), ids[left + right]
+            self._ranks.setdefault(pair, (rank, product))
+            self._merge_ids.extend((*pair, product))
 
     @classmethod
     def from_files(
@@ -321,15 +326,6 @@ class Tokenizer:
                     cache[pretoken] = known
             ids += known
 
-    @functools.cached_property
-    def _ranks(self) -> dict[tuple[int, int], tuple[int, int]]:
-        """{pair of ids: (rank, id of the product)}; of a repeated merge the first counts."""
-        ranks: dict[tuple[int, int], tuple[int, int]] = {}
-        triples = zip(*(self._merge_ids[i::3] for i in range(3)), strict=True)
-        for rank, (left, right, product) in enumerate(triples):
-            ranks.setdefault((left, right), (rank, product))
-        return ranks
-
 
 def merge_pretoken(ids: list[int], ranks: Mapping[tuple[int, int], tuple[int, int]]) -> list[int]:
     """Merge one pre-token: the pair of lowest rank first, the leftmost of equals; O(n log n).
@@ -395,6 +391,11 @@ class CompiledTokenizer:
         self._token_bytes = np.frombuffer(b"".join(tokens) + bytes(64), np.uint8)
         self._token_ends = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
         self._has_every_id = len(tokenizer.vocab) == tokenizer.vocab_size
+        # Load every kernel now, so that none has to be later, when memory may be short.
+        nothing = np.frombuffer(PADDING_BYTES, np.uint8)
+        self._encode_known(nothing, 0, self._classes, self.encoder.slots, self._starts, self._ids)
+        self.encoder.encode(nothing, 0, self._starts, self._ids)
+        self.decode([])
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`."""
