@@ -262,6 +262,23 @@ class TestEncodeIterable:
             tracemalloc.stop()
         assert peak < 1_000_000
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+    @pytest.mark.parametrize("compile_first", [False, True])
+    def test_works_when_the_system_gives_1_mb(self, fixtures: Path, compile_first: bool) -> None:
+        """As the course's own suite measures it: one more megabyte of address space than is resident."""
+        code = f"""
+import os, resource
+from tokenizer import Tokenizer
+tokenizer = Tokenizer.from_files({str(fixtures / "gpt2_vocab.json")!r}, {str(fixtures / "gpt2_merges.txt")!r})
+if {compile_first}:
+    tokenizer.compile()
+with open({str(fixtures / "corpus.en")!r}) as file:
+    resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (resident + 1_000_000, resource.RLIM_INFINITY))
+    assert sum(1 for _ in tokenizer.encode_iterable(file)) > 30_000
+"""
+        subprocess.run([sys.executable, "-c", code], check=True)
+
     def test_never_loads_the_kernels(self, small: Tokenizer) -> None:
         tokenizer = Tokenizer(small.vocab, small.merges, SPECIALS)
         for _ in tokenizer.encode_iterable(itertools.repeat("low lower ", 2 * bpe.COMPILE_AFTER // 10)):
