@@ -160,6 +160,7 @@ def train_from_counts(counts: PretokenCounts, num_merges: int, *, progress: bool
                 state.numbers[merge.CUTOFF] = max(1, state.numbers[merge.CUTOFF] // 4)
                 state = indexed(state)
             show(int(state.numbers[merge.NUM_MERGES]))
+        show(int(state.numbers[merge.NUM_MERGES]))
     pairs = state.merges[: state.numbers[merge.NUM_MERGES]].tolist()
     text, offsets = state.tokens.text.tobytes(), state.tokens.offsets[: 256 + len(pairs) + 1].tolist()
     tokens = [text[begin:end] for begin, end in itertools.pairwise(offsets)]
