@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.kernels.machine import NONE, ONE, copy_16_bytes, kernel, load_word, prefetch
+from tokenizer.kernels.machine import NONE, ONE, copy_16_bytes, inline_kernel, kernel, load_word, prefetch
 from tokenizer.kernels.scan import SpecialTokens, find_special_token, scan
 
 Word = np.uint64
@@ -73,7 +73,7 @@ class Work(NamedTuple):
     heap: NDArray[np.uint64]  # twice as long
 
 
-@kernel
+@inline_kernel
 def home_of_pair(key: Word, pairs: NDArray[np.uint64]) -> Word:
     """Where in `pairs` the search for two ids begins."""
     return ((key * MULTIPLIER) >> HALF) & Word(len(pairs) - 1)
@@ -101,7 +101,7 @@ def fill_rules(lefts: NDArray[np.uint32], rights: NDArray[np.uint32], rules: Rul
             rules.byte_pairs[first << 8 | second] = rank_of_pair
 
 
-@kernel
+@inline_kernel
 def find_merge(left: np.uint32, right: np.uint32, pairs: NDArray[np.uint64]) -> np.uint32:
     """Rank of the merge of two ids, NO_MERGE if there is none."""
     key = (Word(left) << ID_BITS) | Word(right)
@@ -113,7 +113,7 @@ def find_merge(left: np.uint32, right: np.uint32, pairs: NDArray[np.uint64]) -> 
     return NO_MERGE
 
 
-@kernel
+@inline_kernel
 def merge_short(ids: NDArray[np.uint32], count: int, ranks: NDArray[np.uint32], rules: Rules) -> int:
     """Merge `ids[:count]` in place; the new count. Quadratic: for short pre-tokens, where it is the fastest.
 
@@ -232,7 +232,7 @@ def hash_bytes(text: NDArray[np.uint8], begin: int, length: int) -> Word:
     return value
 
 
-@kernel
+@inline_kernel
 def key_of(text: NDArray[np.uint8], begin: Word, length: Word) -> tuple[Word, Word]:
     """The key of a pre-token: its bytes and their number, or the hash and length of a long one."""
     place = np.int64(begin)
@@ -242,7 +242,7 @@ def key_of(text: NDArray[np.uint8], begin: Word, length: Word) -> tuple[Word, Wo
     return hash_bytes(text, place, np.int64(length)), LONG | length
 
 
-@kernel
+@inline_kernel
 def slot_of(low: Word, high: Word, slots: NDArray[np.uint64]) -> Word:
     """Index in `slots` where the search for a key begins."""
     value = low * MULTIPLIER + high * MIXER
@@ -272,7 +272,7 @@ def same_bytes(text: NDArray[np.uint8], begin: Word, length: Word, spill: NDArra
     return True
 
 
-@kernel
+@inline_kernel
 def merge_pretoken(text: NDArray[np.uint8], begin: int, length: int, rules: Rules, work: Work) -> int:
     """Write the ids of the pre-token text[begin : begin + length] to `work.ids`; their number."""
     ids, ranks = work.ids, work.ranks
@@ -286,7 +286,7 @@ def merge_pretoken(text: NDArray[np.uint8], begin: int, length: int, rules: Rule
     return merge_long(ids, length, work, rules)
 
 
-@kernel
+@inline_kernel
 def store(
     text: NDArray[np.uint8],
     begin: int,

@@ -31,8 +31,17 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     A kernel cannot allocate: it works on arrays that its caller made. Numba then counts no references to arrays
     (`_nrt=False`), which would cost two atomic operations per array and call: five times the work of the counting loop.
     """
+    return _compiled(function, inline=False)
+
+
+def inline_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A `kernel` that becomes part of each kernel that calls it: a call with several arrays pushes dozens of words."""
+    return _compiled(function, inline=True)
+
+
+def _compiled(function: Callable[..., Any], inline: bool) -> Callable[..., Any]:
     compiler: Callable[..., Any] = njit
-    compiled = compiler(nogil=True, cache=True, error_model="numpy", _nrt=False)(function)
+    compiled = compiler(nogil=True, cache=True, error_model="numpy", _nrt=False, forceinline=inline)(function)
     compiled._cache._cache_file._source_stamp = SOURCES
     return compiled
 
