@@ -24,7 +24,7 @@ from typing import Any
 from tokenizer.files import atomic_write
 from tokenizer.rivals import END, TASKS
 
-THREADED_TASKS = ("count", "train", "encode", "owt-scale", "tinystories-scale")
+THREADED_TASKS = ("count", "train", "profile", "encode", "owt-scale", "tinystories-scale")
 SCALE_BYTES = {"owt-scale": 11.9e9, "tinystories-scale": 2.2e9}
 SCALE_VOCAB_SIZE = {"owt-scale": 32_000, "tinystories-scale": 10_000}
 YARDSTICK = "physical limit"
@@ -35,6 +35,7 @@ ABOUT = {
     "count": "Count the pre-tokens of the whole file. The physical limit reads the file and touches each byte once.",
     "train": "Train a vocabulary of {vocab_size:,} on the first {train_mb:g} MB, from the file to the merges. "
     "`first call`: the first training of a process, compiled kernels in their cache; `compiling`: without that cache.",
+    "profile": "Where the time of that training goes, stage by stage.",
     "encode": "Encode the whole file with the vocabulary `{tokenizer}` to uint16 on disk, flushed. "
     "`cold`: the first time in a process that has loaded vocabulary and kernels; `warm`: the second.",
     "document": "Encode one document given as a `str`, on one thread; mean over documents from all over the file, of "
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=TASKS,
         metavar="TASK",
-        default=["count", "train", "encode", "document", "decode", "long-run"],
+        default=["count", "train", "profile", "encode", "document", "decode", "long-run"],
         help=f"what to measure: {', '.join(TASKS)}",
     )
     parser.add_argument(
@@ -222,7 +223,7 @@ def prepare_text(task: str, options: argparse.Namespace, scratch: Path) -> Path:
         print(f"{task}: generating {num_bytes / 1e9:.1f} GB", file=sys.stderr)
         write_text(path, task, options.file, int(num_bytes), max(options.threads))
         return path
-    if task == "train" and options.file.stat().st_size > options.train_mb * 1e6:
+    if task in ("train", "profile") and options.file.stat().st_size > options.train_mb * 1e6:
         with open(options.file, "rb") as file:
             text = file.read(int(options.train_mb * 1e6))
         separator = text.rfind(END.encode())
@@ -332,7 +333,7 @@ def table(task: str, result: Results) -> list[str]:
                 lines += ["", f"{record['entry']}: {', '.join(slopes)}."]
     ours = [record for record in result["records"] if record["entry"] == "ours" and "error" not in record]
     if len(ours) > 1:
-        stage = next(iter(ours[0]["seconds"]))
+        stage = "in all" if task == "profile" else next(iter(ours[0]["seconds"]))
         one, most = (statistics.median(record["seconds"][stage]) for record in (ours[0], ours[-1]))
         lines += ["", f"Scaling of ours from {ours[0]['threads']} to {ours[-1]['threads']} threads: {one / most:.2f}x."]
     return lines

@@ -167,6 +167,42 @@ def _train_ours_fresh(job: Job) -> Outcome:
     return single(seconds, job.file.stat().st_size, merges=merges, tokens=[vocab[i] for i in range(len(vocab))])
 
 
+STAGES = {
+    "count: read and count": ("tokenizer.pretokenize", "work_on_chunks"),
+    "count: add up the threads' tables": ("tokenizer.pretokenize", "tables_to_arrays"),
+    "merge: lay out the words": ("tokenizer.train", "new_state"),
+    "merge: index the pairs": ("tokenizer.train", "indexed"),
+    "merge: larger arrays": ("tokenizer.train", "with_more_room"),
+    "merge: merge": ("tokenizer.kernels.merge", "learn_merges"),
+}
+"""Stage of training → the function that does it, without what it calls for other stages."""
+
+
+def _profile_ours(job: Job) -> Outcome:
+    """Train with a clock around each stage."""
+    from tokenizer.train import train_bpe
+
+    train_bpe(job.sample(), 1000, [END], num_threads=job.threads)
+    spent = dict.fromkeys(STAGES, 0.0)
+    inside = [0.0]  # seconds of the stages called by each stage that runs
+
+    def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            inside.append(0.0)
+            seconds, result = seconds_of(lambda: function(*arguments, **options))
+            spent[stage] += seconds - inside.pop()
+            inside[-1] += seconds
+            return result
+
+        return call
+
+    for stage, (name, function) in STAGES.items():
+        module = importlib.import_module(name)
+        setattr(module, function, timed(stage, getattr(module, function)))
+    total, _ = seconds_of(lambda: train_bpe(job.file, job.vocab_size, [END], num_threads=job.threads))
+    return Outcome({**spent, "the rest": total - inside[0], "in all": total}, {"in all": job.file.stat().st_size})
+
+
 def _train_huggingface(job: Job) -> Outcome:
     import tokenizers
 
@@ -532,6 +568,7 @@ TASKS: dict[str, dict[str, Run]] = {
         "sentencepiece": _train_sentencepiece,
         "quicktok": _train_quicktok,
     },
+    "profile": {"ours": _profile_ours},
     "encode": {
         "ours": _encode_ours,
         "gigatoken": _encode_gigatoken,
