@@ -111,13 +111,13 @@ class CausalAttention(Function):
         future = masked_triangle(q)
         for heads, rows, keys in attention_blocks(q, k):
             queries, g = scaled(q[heads, rows]), gradient[heads, rows]
-            scores = torch.baddbmm(log_sum_exp[heads, rows], queries, k[heads, keys].transpose(1, 2), beta=-1)
+            scores = queries @ k[heads, keys].transpose(1, 2)
             mask_future_(scores, future)
-            weights = scores.exp_()
-            dv[heads, keys].baddbmm_(weights.transpose(1, 2), g)
-            d_scores = torch.baddbmm(row_sum[heads, rows], g, v[heads, keys].transpose(1, 2), beta=-1).mul_(weights)
+            weights = scores.sub_(log_sum_exp[heads, rows]).exp_()
+            dv[heads, keys] += weights.transpose(1, 2) @ g
+            d_scores = (g @ v[heads, keys].transpose(1, 2)).sub_(row_sum[heads, rows]).mul_(weights)
             dq[heads, rows] = scaled(d_scores @ k[heads, keys])
-            dk[heads, keys].baddbmm_(d_scores.transpose(1, 2), queries)
+            dk[heads, keys] += d_scores.transpose(1, 2) @ queries
         return dq, dk, dv
 
 
