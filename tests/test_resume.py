@@ -15,7 +15,7 @@ from lm import cli
 from lm.control import RunControl
 from lm.module import LanguageModel
 
-LENGTH = ["--trainer.max_steps=6", "--run.validate_every_n_steps=3", "--run.keep_checkpoints=99"]
+LENGTH = ["--trainer.max_steps=4", "--run.validate_every_n_steps=2", "--run.keep_checkpoints=99"]
 
 # What two equal runs need not share: the clock (a logged line has it), and Python's generator, from which the type
 # checks of the test run draw.
@@ -140,9 +140,9 @@ def test_a_run_stopped_in_every_single_step_equals_the_unbroken_one(runs: Runs, 
     assert runs.fit("whole", *VARIANTS[variant]) == 0
     seen, runs.batches = runs.batches, []
     per_update = 3 if variant == "accumulation" else 1
-    assert go_on(runs, "cut", *VARIANTS[variant], stop=after("batch", 1)) == 6
+    assert go_on(runs, "cut", *VARIANTS[variant], stop=after("batch", 1)) == 4
     assert runs.batches == seen
-    assert len(seen) == 6 * per_update
+    assert len(seen) == 4 * per_update
     assert_equal(runs, "cut", "whole")
 
 
@@ -163,7 +163,7 @@ def test_a_run_stopped_in_its_validations_does_them_again_from_the_start(runs: R
 
 def test_a_signal_during_a_save_changes_nothing(runs: Runs) -> None:
     assert runs.fit("whole") == 0
-    assert go_on(runs, "cut", "--run.checkpoint_every_n_steps=2", stop=after("save", 1)) > 1
+    assert go_on(runs, "cut", "--run.checkpoint_every_n_steps=1", stop=after("save", 1)) > 1
     assert_equal(runs, "cut", "whole")
 
 
