@@ -372,7 +372,7 @@ def merge_pretoken(ids: list[int], ranks: Mapping[tuple[int, int], tuple[int, in
 class CompiledTokenizer:
     """The kernels with the tables of one tokenizer; safe to use from several threads, one at a time."""
 
-    SCRATCH = 1 << 18  # bytes of text for which the arrays are kept from call to call
+    SCRATCH = 1 << 20  # bytes of text for which the arrays are kept from call to call
     SHORT = 1 << 10  # bytes of text up to which the call itself matters
 
     def __init__(self, tokenizer: Tokenizer) -> None:
