@@ -129,3 +129,12 @@ def test_generated_text_depends_on_nothing_but_its_arguments(text: Path, tmp_pat
 def test_a_text_that_does_not_fit_is_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lower --scale_gb"):
         synthetic.write_text(tmp_path / "x.txt", "owt-scale", text, 10**16, num_threads=1)
+
+
+def test_a_kept_text_is_used_again(text: Path, tmp_path: Path) -> None:
+    options = parse("--file", text, "--scale_gb", 0.001, "--keep", tmp_path)
+    path = bench.prepare_text("tinystories-scale", options, tmp_path / "scratch")
+    assert path.parent == tmp_path and path.stat().st_size > 900_000
+    path.write_text("mine")
+    assert bench.prepare_text("tinystories-scale", options, tmp_path / "scratch").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -96,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab_size", type=int, default=32_000, help="size of the vocabulary to train")
     parser.add_argument("--train_mb", type=float, default=100, help="megabytes of the file to train on")
     parser.add_argument("--scale_gb", type=float, help="size of the generated text instead of the real corpus's")
+    parser.add_argument("--keep", type=Path, help="folder in which generated texts stay, to be used again")
     parser.add_argument("--scratch", type=Path, help="folder for temporary files (default: the system's)")
     parser.add_argument("--json", type=Path, help="write the results here; tasks of an earlier run in this file stay")
     parser.add_argument("--markdown", type=Path, help="write the page here")
@@ -220,9 +221,13 @@ def prepare_text(task: str, options: argparse.Namespace, scratch: Path) -> Path:
         from tokenizer.synthetic import write_text
 
         num_bytes = options.scale_gb * 1e9 if options.scale_gb else SCALE_BYTES[task]
-        print(f"{task}: generating {num_bytes / 1e9:.1f} GB", file=sys.stderr)
-        write_text(path, task, options.file, int(num_bytes), max(options.threads))
-        return path
+        kept = (options.keep or scratch) / f"{task}-{num_bytes / 1e9:g}GB-{options.file.stem}.txt"
+        if not kept.exists():
+            print(f"{task}: generating {num_bytes / 1e9:g} GB", file=sys.stderr)
+            part = kept.with_suffix(".part")
+            write_text(part, task, options.file, int(num_bytes), max(options.threads))
+            part.rename(kept)
+        return kept
     if task in ("train", "profile") and options.file.stat().st_size > options.train_mb * 1e6:
         with open(options.file, "rb") as file:
             text = file.read(int(options.train_mb * 1e6))
@@ -410,7 +415,7 @@ def run(options: argparse.Namespace) -> None:
             result["settings"] = {"vocab_size": vocab_size, "train_mb": options.train_mb, "tokenizer": name}
             result["command"] = command(task, options)
             results["tasks"][task] = result
-            if text != options.file:
+            if text.parent == scratch:
                 text.unlink()
             if options.json:
                 with atomic_write(options.json, "w") as file:
