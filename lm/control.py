@@ -348,7 +348,7 @@ class RunControl(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with."""
         return {
-            "seconds": self.clock.now(),
+            "seconds": self.clock.now() + self.save_seconds,  # this very save has yet to be written
             "validation_pending": self.validation_pending,
             "validation_seconds": self.validation_seconds,
             "save_seconds": self.save_seconds,

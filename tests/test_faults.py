@@ -503,7 +503,12 @@ def test_the_time_limit_holds_with_slow_validation_and_slow_saving(
 
     monkeypatch.setattr(LanguageModel, "validation_step", slow_validation_step)
     monkeypatch.setattr(checkpoint, "write_checkpoint", slow_write)
-    clock = ["--run.max_minutes=0.2", "--model.schedule.follow=clock", "--model.schedule.min_lr_ratio=0.1"]
+    clock = [
+        "--run.max_minutes=0.2",
+        "--model.schedule.min_lr_ratio=0.1",
+        "--model.schedule.follow=clock",
+        "--model.optimizer.lr=1e-3",
+    ]
     arguments = [*ENDLESS, *clock, "--run.validate_every_n_steps=100000", "--data.val_batch_size=2"]
     used = 0.0
     if resumed:
