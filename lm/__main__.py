@@ -81,6 +81,9 @@ def main(argv: list[str]) -> int:
         auto_cli(tool, args=args, prog=f"python -m lm {command}", parser_class=ToolParser)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the interpreter flush into it
+        return 141
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

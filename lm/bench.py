@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm import accounting
-from lm.generate import Sampling, sample_tokens
+from lm.generate import Sampling, pick_device, sample_tokens
 from lm.model import TransformerConfig, TransformerLM
 from lm.optim import AdamW, clip_gradients
 from tokenizer.files import atomic_write
@@ -669,7 +669,7 @@ def run(
     Raises:
         ValueError: no setting of that name, or the gpu suite without a GPU.
     """
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = pick_device(device)
     suite = ("gpu" if target.type == "cuda" else "cpu") if suite == "auto" else suite
     if suite == "gpu" and target.type != "cuda":
         raise ValueError("suite=gpu needs a CUDA device, none is here: use --suite cpu")

@@ -280,6 +280,22 @@ def generate(
 # --------------------------------------------------------------------------------------------------- the command
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of this name; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: no such device, or not on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device={name}: this machine has none of that name; use cpu or auto") from None
+    return device
+
+
 def load(
     ckpt: Path | None, logs: Path, tokenizer: Path | None, device: str
 ) -> tuple[TransformerLM, Tokenizer, dict[str, Any]]:
@@ -291,9 +307,8 @@ def load(
     """
     from lm.checkpoint import find_run, load_model
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, info = load_model(find_run(logs) if ckpt is None else ckpt, device)
+    target = pick_device(device)
+    model, info = load_model(find_run(logs) if ckpt is None else ckpt, target)
     directory = Path(info["path"]).parent.parent / "tokenizer" if tokenizer is None else tokenizer
     if not directory.is_dir():
         raise FileNotFoundError(f"no tokenizer at {directory}: name its directory with --tokenizer")

@@ -272,6 +272,8 @@ def test_command_without_a_run_or_a_tokenizer(checkpoint: Path, tmp_path: Path) 
         command.run("a", logs=tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="--tokenizer"):
         command.run("a", checkpoint.rename(tmp_path / "moved.ckpt"))
+    with pytest.raises(ValueError, match="device=abacus"):
+        command.run("a", tmp_path / "moved.ckpt", device="abacus")
     larger = Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"ab", 257: b"abc"}, [(b"a", b"b"), (b"ab", b"c")])
     larger.save(tmp_path / "larger")
     with pytest.raises(ValueError, match=r"vocab_size=258.*257.*another tokenizer"):
