@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lm.model import TransformerConfig
+from lm.model import Attention, TransformerConfig
 
 Rules = Literal["2025", "2026"]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
@@ -442,6 +442,10 @@ def account(
     peak = peak_flops(device, dtype)
     device_type: DeviceType = "cpu" if peak is None else "cuda"
     seconds = training_seconds(config, num_tokens, peak, mfu) if num_tokens and peak else None
+    memory, one_more = (
+        training_memory_bytes(config, size, precision=precision, device_type=device_type)
+        for size in (batch_size, batch_size + 1)
+    )
     return {
         "config": asdict(config),
         "batch_size": batch_size,
@@ -460,7 +464,8 @@ def account(
             {**asdict(part), "num_bytes": part.num_bytes}
             for part in training_memory(config, batch_size, precision=precision, device_type=device_type)
         ],
-        "memory_bytes": training_memory_bytes(config, batch_size, precision=precision, device_type=device_type),
+        "memory_bytes": memory,
+        "memory_bytes_per_sequence": one_more - memory,
         "memory_gb": memory_gb,
         "largest_batch": largest_batch(config, memory_gb * 1e9, precision=precision, device_type=device_type),
         "device": device,
@@ -479,6 +484,7 @@ def run(
     batch_size: int = 1,
     precision: Precision = "32-true",
     activation_checkpointing: bool = False,
+    attention: Attention | None = None,
     memory_gb: float = 80,
     device: str = "H100",
     dtype: Dtype | None = None,
@@ -496,6 +502,7 @@ def run(
         batch_size: sequences per step, for FLOPs and memory.
         precision: how it is trained.
         activation_checkpointing: keep only the blocks' inputs for the backward pass.
+        attention: instead of the model's own; "fused" never holds all its scores.
         memory_gb: the device's memory, 10^9 bytes, for the largest batch.
         device: for the time, for example H100, A100, "RTX 4090".
         dtype: of the matrix products; default, float32 in 2025 and TF32 in 2026, or bfloat16 by precision.
@@ -513,6 +520,7 @@ def run(
             config,
             context_length=context_length or config.context_length,
             activation_checkpointing=activation_checkpointing or config.activation_checkpointing,
+            attention=attention or config.attention,
         )
         tokens = num_tokens or (400_000 * 1024 * config.context_length if name in _GPT2 else 327_680_000)
         pages[name] = account(config, batch_size, precision, device, dtype, memory_gb, mfu, tokens)
@@ -555,7 +563,12 @@ def _print_page(name: str, page: dict[str, Any]) -> None:
     memory.append(("peak", "", "", f"{page['memory_bytes'] / 1e9:,.3f}"))
     title = f"Memory of a training step, {page['precision']}, batch size {page['batch_size']}"
     console.print(_table(title, ["part", "elements", "bytes each", "GB"], memory))
-    console.print(f"largest batch in {page['memory_gb']:g} GB: {page['largest_batch']:,} sequences\n")
+    slope = page["memory_bytes_per_sequence"]
+    constant = page["memory_bytes"] - page["batch_size"] * slope
+    console.print(
+        f"peak = {slope / 1e9:,.3f} GB · batch size + {constant / 1e9:,.3f} GB; "
+        f"largest batch in {page['memory_gb']:g} GB: {page['largest_batch']:,} sequences\n"
+    )
 
     if page["days"] is None:
         console.print(f"time: the peak of {page['device']} in {page['dtype']} is not known")

@@ -172,6 +172,9 @@ def test_page_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert sum(p["share"] for p in page["matrix_products"]) == pytest.approx(1)
     assert page["peak_flops"] == 19.5e12
+    accounting.run("gpt2-xl", rules="2025", context_length=16_384, attention="fused", json=True)
+    fused = json.loads(capsys.readouterr().out)["gpt2-xl"]
+    assert fused["memory_bytes"] < 0.1 * page["memory_bytes"]
 
 
 def test_page_in_words(capsys: pytest.CaptureFixture[str]) -> None:
