@@ -119,8 +119,7 @@ class MetricsLog(Callback):
         if not trainer.is_global_zero:
             return
         row = {"step": trainer.global_step, **figures, "wall_seconds": seconds, "tokens_seen": self.tokens_seen}
-        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        line = (json.dumps(finite) + "\n").encode()
+        line = json_line(row)
         with open(self.path, "ab", buffering=0) as file:
             file.write(line)
         self._num_bytes += len(line)
@@ -130,6 +129,16 @@ class MetricsLog(Callback):
             )
             losses = {f"by_seconds/{name}": value for name, value in figures.items() if name.endswith("/loss")}
             logger.log_metrics(losses, round(seconds))
+
+
+def json_line(row: dict[str, float | int]) -> bytes:
+    """A row as a line of JSON, which has no NaN and no infinity: null stands for them.
+
+    >>> json_line({"step": 1, "train/loss": float("nan")})
+    b'{"step": 1, "train/loss": null}\\n'
+    """
+    finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return (json.dumps(finite) + "\n").encode()
 
 
 def matmul_dtype(trainer: Trainer) -> Any:
@@ -226,29 +235,31 @@ class Progress(ProgressBar):
             return
         self._shown = now
         if self._bar:
-            self._bar.update(self._task, completed=trainer.global_step, description=self.line(trainer))
+            self._bar.update(
+                self._task, completed=trainer.global_step, description=self.line(trainer.global_step, trainer.max_steps)
+            )
         else:
-            print(self.line(trainer), file=sys.stderr, flush=True)
+            print(self.line(trainer.global_step, trainer.max_steps), file=sys.stderr, flush=True)
 
-    def line(self, trainer: Trainer) -> str:
+    def line(self, step: int, max_steps: int) -> str:
         """Step, losses, speed, time left."""
-        last, step = self.metrics.last, trainer.global_step
-        parts = [f"step {step:,}" + (f"/{trainer.max_steps:,}" if trainer.max_steps > 0 else "")]
+        last = self.metrics.last
+        parts = [f"step {step:,}" + (f"/{max_steps:,}" if max_steps > 0 else "")]
         parts.append(f"loss {last['train/loss']:.3f}")
         if "val/loss" in last:
             parts.append(f"val {last['val/loss']:.3f}")
         if "tokens_per_second" in last:
             parts.append(f"{last['tokens_per_second']:,.0f} tokens/s")
-        left = self.seconds_left(trainer)
+        left = self.seconds_left(step, max_steps)
         return " · ".join([*parts, f"{duration(left)} left"] if left is not None else parts)
 
-    def seconds_left(self, trainer: Trainer) -> float | None:
+    def seconds_left(self, step: int, max_steps: int) -> float | None:
         """By the steps that remain at the present speed, or by the time limit if that is sooner."""
         left = []
         if self.control.config.max_minutes is not None:
             left.append(60 * self.control.config.max_minutes - self.control.clock.now())
-        if "tokens_per_second" in self.metrics.last and trainer.max_steps > 0:
-            tokens = self.metrics.tokens_seen / trainer.global_step * (trainer.max_steps - trainer.global_step)
+        if "tokens_per_second" in self.metrics.last and max_steps > 0:
+            tokens = self.metrics.tokens_seen / step * (max_steps - step)
             left.append(tokens / self.metrics.last["tokens_per_second"])
         return max(0.0, min(left)) if left else None
 
@@ -395,7 +406,7 @@ def header(trainer: Trainer, module: LanguageModel, control: RunControl) -> str:
     cost = f"{flops / 1e6:,.1f} MFLOP per token, about {memory / 1e9:.2g} GB per device"
     if trainer.max_steps > 0:
         total = tokens_per_step * trainer.max_steps
-        length += f", {total / 1e6:,.1f} M tokens in all ({total / parameters:,.1f} per parameter)"
+        length += f", {total:,} tokens in all ({total / parameters:,.1f} per parameter)"
         steps_left = trainer.max_steps - trainer.global_step
         seconds = flops * tokens_per_step * steps_left / (EXPECTED_MFU * matmul_flops(trainer) * trainer.world_size)
         cost += f", about {duration(seconds)} at {EXPECTED_MFU:.0%} of the device's speed"

@@ -397,6 +397,7 @@ def silence_libraries() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 on torch 2.13
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # reading windows needs none
+    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")  # to validate, none are needed
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated.*")  # its successor is new in torch 2.13
 
 

@@ -5,7 +5,7 @@ The loops, devices and precisions are Lightning's; every formula is this project
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -187,6 +187,16 @@ class LanguageModel(LightningModule):
 
     # ---------------------------------------------------------------------------------------------------- network
 
+    def setup(self, stage: str) -> None:
+        """Take the vocabulary that the data really has: a short text may not fill the one asked for."""
+        meta = self._data_meta()
+        if meta:
+            self.transformer = replace(self.transformer, vocab_size=meta["vocab_size"])
+
+    def _data_meta(self) -> dict[str, Any]:
+        """meta.json of the run's dataset; empty where the Trainer got loaders instead."""
+        return getattr(getattr(self.trainer, "datamodule", None), "meta", {})
+
     def configure_model(self) -> None:
         """Build the network on the device, the same for the same seed; shard it where the strategy does so."""
         if hasattr(self, "model"):
@@ -286,7 +296,7 @@ class LanguageModel(LightningModule):
         """The figures over the whole set and all ranks, in `validation_result` and Lightning's callback metrics."""
         loss = self.validation_loss.compute().item()
         self.validation_result = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
-        split = getattr(getattr(self.trainer, "datamodule", None), "meta", {}).get("splits", {}).get("valid", {})
+        split = self._data_meta().get("splits", {}).get("valid", {})
         if split:
             bits = loss / math.log(2) * split["num_tokens"] / split["num_bytes"]
             self.validation_result["val/bits_per_byte"] = bits

@@ -1,0 +1,156 @@
+"""What looks on while a run trains: the log of its figures, samples, the progress line, the summary."""
+
+import io
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy import SETTINGS, make_dataset, rows
+
+from lm import cli
+from lm.callbacks import MetricsLog, Progress
+from lm.control import RunConfig, RunControl
+
+RUN = Path("logs/toy/version_0")
+Fit = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "toy")
+
+
+@pytest.fixture
+def fit(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lm"])
+
+    def fit(*arguments: str) -> int:
+        return cli.main(["fit", f"--data.directory={dataset}", *SETTINGS, *arguments], time.monotonic())
+
+    return fit
+
+
+def events(run: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(run))
+    accumulator.Reload()
+    return accumulator
+
+
+def steps(accumulator: EventAccumulator, name: str) -> list[int]:
+    return [event.step for event in accumulator.Scalars(name)]
+
+
+# ----------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_rows_stand_at_true_steps_in_the_log_and_in_tensorboard(fit: Fit) -> None:
+    assert fit("--trainer.log_every_n_steps=2", "--run.sample_prompt=the cat") == 0
+    lines = rows(RUN)
+    assert [(row["step"], "val/loss" in row) for row in lines] == [
+        *((2, False), (4, False), (4, True)),
+        *((6, False), (8, False), (8, True)),
+    ]
+    board = events(RUN)
+    assert steps(board, "train/loss") == steps(board, "lr") == steps(board, "grad_norm") == [2, 4, 6, 8]
+    assert steps(board, "val/loss") == steps(board, "val/bits_per_byte") == [4, 8]
+    assert steps(board, "tokens_per_second") == [2, 4, 6, 8]
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(
+        [row["train/loss"] for row in lines if "train/loss" in row]
+    )
+    assert "by_seconds/val/loss" in board.Tags()["scalars"]
+    assert "epoch" not in board.Tags()["scalars"]
+    [*_, text] = board.Tensors("sample/text_summary")
+    assert text.tensor_proto.string_val[0].startswith(b"the cat")
+    assert board.Scalars("hp/val_loss")[-1].value == pytest.approx(lines[-1]["val/loss"])
+    assert "_hparams_/session_start_info" in board.summary_metadata
+
+
+def test_a_torn_or_surplus_line_is_cut_off_when_the_run_goes_on(fit: Fit) -> None:
+    assert fit() == 0
+    whole = rows(RUN)
+    with open(RUN / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "train/loss": 1.0}\n{"step": 10, "tr')
+    assert fit("--resume=must", "--trainer.max_steps=10") == 0
+    again = rows(RUN)
+    assert [row for row in again if row["step"] < 8] == [row for row in whole if row["step"] < 8]
+    assert [row["step"] for row in again if "lr" in row] == list(range(1, 11))
+
+
+def test_speed_leaves_out_validation_and_saving(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunControl, "on_validation_start", lambda *_: time.sleep(0.5))
+    monkeypatch.setattr(RunControl, "_began", 0.0, raising=False)
+    assert fit("--trainer.max_steps=12", "--run.validate_every_n_steps=4") == 0
+    lines = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    seconds = [64 / row["tokens_per_second"] for row in lines if "tokens_per_second" in row]
+    assert max(seconds[1:]) < 0.4
+
+
+# ------------------------------------------------------------------------------------------------------------ screen
+
+
+def test_the_header_says_what_the_run_is(fit: Fit, capfd: pytest.CaptureFixture[str]) -> None:
+    assert fit("--trainer.accumulate_grad_batches=2") == 0
+    said = capfd.readouterr().out
+    for part in ("logs/toy/version_0", "6,720 parameters", "d_model 16", "128 tokens per step", "8 steps", "1 x "):
+        assert part in said, part
+    assert "finished: 8 steps, 1,024 tokens" in said
+    assert "MFLOP per token" in said
+    assert "python -m lm generate" in said
+
+
+def test_the_progress_line_has_loss_speed_and_time_left() -> None:
+    control = RunControl(RunConfig())
+    metrics = MetricsLog(control)
+    metrics.last = {"train/loss": 2.0, "val/loss": 3.0, "tokens_per_second": 100.0}
+    metrics.tokens_seen = 1000
+    assert Progress(control, metrics).line(10, 100) == "step 10/100 · loss 2.000 · val 3.000 · 100 tokens/s · 1:30 left"
+
+
+def test_time_left_is_that_of_the_clock_when_it_ends_first() -> None:
+    control = RunControl(RunConfig(max_minutes=1.0))
+    metrics = MetricsLog(control)
+    metrics.last, metrics.tokens_seen = {"tokens_per_second": 1.0}, 1000
+    assert Progress(control, metrics).seconds_left(10, 100) == pytest.approx(60, abs=5)
+
+
+def test_a_terminal_gets_a_moving_line(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    assert fit() == 0
+    assert "step 4: loss" in screen.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------ the run's files
+
+
+def test_a_run_is_complete_in_itself(fit: Fit, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fit() == 0
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert (summary["steps"], summary["tokens"], summary["budget_seconds"]) == (8, 512, None)
+    assert summary["best_val_loss"] <= summary["val_loss"]
+    assert summary["settings"]["transformer.d_model"] == 16
+    assert Path(summary["checkpoint"]).is_file()
+    assert (RUN / "tokenizer/merges.txt").read_bytes() == (dataset / "tokenizer/merges.txt").read_bytes()
+    saved = (RUN / "config.yaml").read_text()
+    assert f"directory: {dataset}" in saved
+    assert "resume" not in saved
+
+
+def test_a_run_that_fails_says_so_in_its_summary(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lm.module.LanguageModel.training_step", fail)
+    assert fit() == 1
+    assert json.loads((RUN / "summary.json").read_text())["status"] == "failed"

@@ -1,0 +1,245 @@
+"""The command line: what is listed, what is refused and how, what a bare command takes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import SETTINGS, command, make_dataset
+
+from lm import __main__, cli
+from lm.checkpoint import best_checkpoint
+from lm.options import explain
+
+Run = Callable[..., int]
+RUN = Path("logs/toy/version_0")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "toy")
+
+
+@pytest.fixture
+def lm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`python -m lm ...` in this process; returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lm"])
+
+    def lm(*arguments: str) -> int:
+        try:
+            return __main__.main(list(arguments))
+        except SystemExit as stop:
+            return int(stop.code or 0)
+
+    return lm
+
+
+@pytest.fixture
+def fit(lm: Run, dataset: Path) -> Run:
+    return lambda *arguments: lm("fit", f"--data.directory={dataset}", *SETTINGS, *arguments)
+
+
+# -------------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_lists_every_command_and_needs_no_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys, lm.__main__ as m; m.main(['--help']);"
+        "sys.exit(sum(name in sys.modules for name in ('torch', 'lightning', 'numba', 'jsonargparse')))"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for name in ("fit", "validate", "generate", "prepare", "account", "bench", "sweep", "report", "export"):
+        assert f"\n  {name} " in done.stdout
+
+
+def test_every_tool_that_is_listed_is_there() -> None:
+    import importlib
+
+    for name, (place, _) in __main__.TOOLS.items():
+        module, function = place.split(":")
+        assert callable(getattr(importlib.import_module(module), function)), name
+
+
+def test_a_tool_starts_without_lightning() -> None:
+    program = (
+        "import sys, lm.__main__ as m\n"
+        "try: m.main(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('lightning' in sys.modules)"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--max_new_tokens" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fitt"], "'fitt' is no command: did you mean fit?"),
+        (["fit", "--model.optimzer.lr", "3"], "--model.optimzer.lr is no option: did you mean --model.optimizer.lr?"),
+        (["fit", "--model.transformer.norm=prex"], "model.transformer.norm: 'prex' must be one of pre, post, none"),
+        (["fit", "--model.optimizer.lr=fast"], "model.optimizer.lr: 'fast' must be float"),
+        (["fit", "--trainer.precision=bf17"], "did you mean bf16?"),
+        (["fit", "--config=absent.yaml"], "absent.yaml"),
+        (["validate", "--data.batchsize=2", "--ckpt_path=x"], "did you mean --data.batch_size?"),
+        (["validate"], "no run with a checkpoint below logs: `python -m lm fit` makes one"),
+        (["validate", "--ckpt_path=absent.ckpt"], "ckpt_path: there is no file absent.ckpt"),
+        (["fit", "--ckpt_path=absent.ckpt"], "ckpt_path: there is no file absent.ckpt"),
+        (["generate", "--promt", "x"], "--promt is no option: did you mean --prompt?"),
+        (["generate", "--temperature", "hot"], "temperature: 'hot' must be float"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_wrong_option_is_one_line_with_a_suggestion(
+    lm: Run, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert lm(*arguments) == 2
+    said = capfd.readouterr().err.strip()
+    assert said.startswith("error: ")
+    assert message in said
+    assert "\n" not in said
+
+
+def test_a_misspelt_key_of_a_file_is_named(lm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my.yaml").write_text("model: {optimizer: {learning_rate: 3}}\n")
+    assert lm("fit", "--config=my.yaml") == 2
+    assert "--model.optimizer.learning_rate is no option: did you mean" in capfd.readouterr().err
+
+
+def test_all_that_is_wrong_is_said_at_once_before_any_data_is_touched(
+    lm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    settings = {
+        "model.transformer.num_heads=3": "num_heads=3 must divide d_model=128",
+        "model.optimizer.lr=-1": "lr=-1.0 must be positive",
+        "model.schedule.warmup_steps=5000": "warmup_steps=5000 must be less than trainer.max_steps=",
+        "trainer.accelerator=mps": "trainer.accelerator=mps: this machine has none",
+        "trainer.precision=16-mixed": "trainer.precision=16-mixed needs a GPU",
+        "data.train_text=absent.txt": "data.train_text: there is no file absent.txt",
+        "data.val_context_length=512": "data.val_context_length=512 is longer than data.context_length=256",
+        "run.logs=file/logs": "file/logs",
+    }
+    assert lm("fit", *(f"--{setting}" for setting in settings)) == 2
+    said = capfd.readouterr().err.strip().splitlines()
+    assert len(said) == len(settings)
+    for message in settings.values():
+        assert any(line.startswith("error: ") and message in line for line in said), message
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.max_steps=-1", "--run.max_minutes=null"], "the run would never end"),
+        (["--trainer.max_steps=-1", "--run.max_minutes=1"], "follow=steps needs trainer.max_steps"),
+        (["--model.schedule.follow=clock", "--run.max_minutes=null"], "follow=clock needs run.max_minutes"),
+        (["--model.transformer.d_model=6"], "heads of odd length 3"),
+        (["--data.context_length=100000"], "needs at least 100001"),
+    ],
+)
+def test_settings_that_cannot_work_together_are_refused(
+    fit: Run, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert fit(*arguments) == 2
+    said = capfd.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_parsers_other_messages_become_one_line() -> None:
+    assert explain("Problems parsing config:\n  line 1\n  line 2", []) == "Problems parsing config: line 1 line 2"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_says_which_batch_to_try(
+    fit: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: BaseException
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("lm.module.LanguageModel.training_step", fail)
+    assert fit() == 1
+    assert "--data.batch_size 2 --trainer.accumulate_grad_batches 2 (the same updates)" in capfd.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------- bare and resumed
+
+
+def test_validate_alone_takes_the_best_checkpoint_of_the_newest_run_as_it_was_made(
+    fit: Run, lm: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--run.name=old") == 0
+    assert fit("--model.transformer.d_model=24", "--model.transformer.norm=post") == 0
+    before = sorted(path for path in Path("logs").rglob("*"))
+    capfd.readouterr()
+    assert lm("validate") == 0
+    said = capfd.readouterr().out
+    best = best_checkpoint(RUN)
+    assert str(best) in said
+    loss = json.loads(best.with_suffix(".json").read_text())["metrics"]["val/loss"]
+    assert f"loss {loss:.4f} nats per token" in said
+    assert sorted(path for path in Path("logs").rglob("*")) == before, "validation leaves no files"
+    assert lm("validate", "--data.val_batch_size=2", "--data.val_context_length=8") == 0
+    assert f"loss {loss:.4f} nats" not in capfd.readouterr().out, "what is typed wins over the run's configuration"
+
+
+def test_the_saved_configuration_makes_the_same_run_again(fit: Run, lm: Run) -> None:
+    from toy import rows
+
+    assert fit("--model.transformer.norm=post", "--seed_everything=5") == 0
+    assert lm("fit", f"--config={RUN / 'config.yaml'}", "--run.name=again") == 0
+    assert rows(Path("logs/again/version_0")) == rows(RUN)
+
+
+def test_a_checkpoint_given_by_name_begins_a_run_of_its_own(fit: Run, lm: Run) -> None:
+    assert fit() == 0
+    checkpoint = RUN / "checkpoints/step-000004.ckpt"
+    assert lm("fit", f"--ckpt_path={checkpoint}", "--run.name=branch", "--trainer.max_steps=6") == 0
+    from toy import rows
+
+    assert [row["step"] for row in rows(Path("logs/branch/version_0")) if "lr" in row] == [5, 6]
+
+
+def test_devices_are_counted_as_lightning_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert [cli.num_devices(devices) for devices in (2, "2", "auto", -1, [0, 1, 2], "0,2")] == [2, 2, 4, 4, 3, 2]
+
+
+# ---------------------------------------------------------------------------------------------------------- two ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_are_one_with_twice_the_batch(fit: Run, dataset: Path, strategy: str, tmp_path: Path) -> None:
+    from toy import rows
+
+    assert fit("--run.name=one", "--data.batch_size=8") == 0
+    arguments = [f"--data.directory={dataset}", *SETTINGS, "--run.name=two", "--trainer.devices=2"]
+    done = subprocess.run(
+        command("fit", *arguments, f"--trainer.strategy={strategy}"),
+        cwd=tmp_path,
+        env={**__import__("os").environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = rows(Path("logs/one/version_0")), rows(Path("logs/two/version_0"))
+    for a, b in zip(one, two, strict=True):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], abs=1e-4), name
+    assert fit("--run.name=two", "--data.batch_size=8", "--resume=must", "--trainer.max_steps=10") == 0
+    assert rows(Path("logs/two/version_0"))[-1]["step"] == 10, "its checkpoint loads in one process"
