@@ -71,7 +71,8 @@ class Job:
     """`python -m lm fit` as a user has it: a process group of its own, its output in a file."""
 
     def __init__(self, folder: Path, dataset: Path, *arguments: str, fault: str | None = None, **environment: str):
-        self.run = folder / "logs" / "toy" / "version_0"
+        names = [option.split("=")[1] for option in arguments if option.startswith("--run.name=")]
+        self.run = folder / "logs" / (names or ["toy"])[0] / "version_0"
         self.log = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
         (folder / "driver.py").write_text(DRIVER)
         program = ["-m", "lm"] if fault is None else [str(folder / "driver.py")]
@@ -96,6 +97,13 @@ class Job:
     def wait_for_rows(self, count: int) -> None:
         path = self.run / "metrics.jsonl"
         self.wait_until(lambda: path.is_file() and len(path.read_bytes().splitlines()) >= count)
+
+    def ranks(self) -> list[int]:
+        """The processes of a job of two ranks, the first rank first."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        if not children.is_file():
+            pytest.skip("no /proc here")
+        return [self.process.pid, *(int(pid) for pid in children.read_text().split())]
 
     def end(self, seconds: float = 90) -> tuple[int, str]:
         """Exit code and output, once every process of the job is gone."""
@@ -413,17 +421,13 @@ def test_slurm_is_asked_to_start_a_pre_empted_job_again(job: Callable[..., Job],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whole_group", [True, False])
-def test_two_ranks_stop_together_on_a_signal_and_go_on_to_the_same_bits(
-    job: Callable[..., Job], tmp_path: Path, whole_group: bool
+def test_two_ranks_stop_together_when_the_whole_group_is_signalled_and_go_on_to_the_same_bits(
+    job: Callable[..., Job],
 ) -> None:
     length = ["--trainer.max_steps=120", "--run.validate_every_n_steps=40", "--trainer.log_every_n_steps=1"]
     run = job(*TWO_RANKS, *length)
     run.wait_for_rows(20)
-    if whole_group:
-        os.killpg(run.process.pid, signal.SIGTERM)
-    else:
-        run.process.send_signal(signal.SIGTERM)
+    os.killpg(run.process.pid, signal.SIGTERM)
     began = time.monotonic()
     code, output = run.end()
     assert code == 143, output
@@ -431,12 +435,22 @@ def test_two_ranks_stop_together_on_a_signal_and_go_on_to_the_same_bits(
     assert 0 < check_whole(run.run)["global_step"] < 120
     code, output = job(*TWO_RANKS, *length, "--resume=must").end()
     assert code == 0, output
-    cut_rows, cut = rows(run.run), check_whole(run.run)
-    code, output = job(*TWO_RANKS, *length, "--run.name=whole").end()
+    whole = job(*TWO_RANKS, *length, "--run.name=whole")
+    code, output = whole.end()
     assert code == 0, output
-    whole = run.run.parents[1] / "whole" / "version_0"
-    assert cut_rows == rows(whole)
-    assert differences(cut, check_whole(whole)) == []
+    assert rows(run.run) == rows(whole.run)
+    assert differences(check_whole(run.run), check_whole(whole.run)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_ranks_stop_together_when_one_of_them_is_signalled(job: Callable[..., Job], rank: int) -> None:
+    run = job(*TWO_RANKS, *ENDLESS)
+    run.wait_for_rows(8)
+    os.kill(run.ranks()[rank], signal.SIGTERM)
+    code, output = run.end()
+    assert code == 143, output
+    check_whole(run.run)
 
 
 @pytest.mark.slow
@@ -451,7 +465,7 @@ def test_two_ranks_learn_what_one_learns_from_batches_of_both(job: Callable[...,
         run = job(*arguments, f"--run.name={name}", "--data.val_batch_size=3")
         code, output = run.end()
         assert code == 0, output
-        results[name] = rows(run.run.parents[1] / name / "version_0")
+        results[name] = rows(run.run)
     for name in ("batch", "accumulation"):
         for row, expected in zip(results[name], results["ranks"], strict=True):
             assert row.keys() == expected.keys()
