@@ -254,8 +254,18 @@ class AtomicCheckpointIO:
     def load_checkpoint(
         self, path: PathLike, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read with `weights_only=True`, whatever is asked for; onto the CPU unless said otherwise."""
-        return read_checkpoint(path, map_location or "cpu")
+        """Read with `weights_only=True`, whatever is asked for; onto the CPU unless said otherwise.
+
+        Raises:
+            CheckpointError: damaged, or no checkpoint of a run.
+        """
+        contents = read_checkpoint(path, map_location or "cpu")
+        missing = {"state_dict", "transformer", "pytorch-lightning_version"} - contents.keys()
+        if missing:
+            raise CheckpointError(
+                f"{path} was not written by `python -m lm fit`: it lacks {', '.join(sorted(missing))}"
+            )
+        return contents
 
     def remove_checkpoint(self, path: PathLike) -> None:
         """Remove the record, with which the checkpoint ceases to exist, then the file."""

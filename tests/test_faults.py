@@ -298,6 +298,22 @@ def test_a_run_goes_on_with_its_own_model_and_data_only(
         assert message in line
 
 
+def test_a_foreign_checkpoint_is_refused_in_one_line_and_runs_nothing(
+    fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Malicious:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'marker'}",)
+
+    contents = {"malicious": {"state_dict": Malicious()}, "foreign": {"state_dict": {}, "global_step": 5}}
+    for name, content in contents.items():
+        torch.save(content, tmp_path / f"{name}.ckpt")
+        assert fit(f"--ckpt_path={tmp_path / name}.ckpt") in (1, 2)
+        [line] = errors(capsys.readouterr().err)
+        assert re.search("nothing in it was executed|was not written by", line)
+    assert not (tmp_path / "marker").exists()
+
+
 def test_learning_rate_and_length_may_change_and_take_effect(fit: Callable[..., int], tmp_path: Path) -> None:
     assert fit("--trainer.max_steps=4", "--model.optimizer.lr=1e-3") == 0
     assert fit("--resume=must", "--trainer.max_steps=10", "--model.optimizer.lr=0.5") == 0
