@@ -8,6 +8,7 @@ A sweep file (`configs/sweeps/*.yaml`) names the base configs, what varies, the 
     runs:                                    # instead of a grid, or multiplied with it
       - {name: post_norm, configs: [../ablations/post_norm.yaml]}
       - {name: no_decay, settings: {model.optimizer.weight_decay: 0.0}}
+      - {name: wide, scales: {cpu: {model.transformer.d_model: 256}, gpu: {model.transformer.d_model: 1024}}}
     seeds: [0, 1, 2]
     scales: {cpu: {trainer.max_steps: 300}, gpu: {configs: [../tinystories.yaml]}}
 
@@ -92,10 +93,11 @@ def plan(path: Path, scale: str | None = None) -> list[PlannedRun]:
     ):
         parts = [variant["name"]] if "name" in variant else []
         parts += [f"{name.split('.')[-1]}_{value}" for name, value in point]
-        files = [path.parent / name for name in [*bases, *variant.get("configs", [])]]
+        own_size = dict(variant.get("scales", {}).get(scale, {}))
+        files = [path.parent / name for name in [*bases, *variant.get("configs", []), *own_size.pop("configs", [])]]
         if missing := [file for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{path}: {missing[0]} is not there")
-        settings = size | variant.get("settings", {}) | dict(point) | {"seed_everything": seed}
+        settings = size | variant.get("settings", {}) | own_size | dict(point) | {"seed_everything": seed}
         runs.append(
             PlannedRun(
                 study=sweep["study"],

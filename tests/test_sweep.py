@@ -53,6 +53,16 @@ def test_a_scale_may_add_configs(grid: Path) -> None:
     assert [Path(name).name for name in plan(grid, "gpu")[0].configs] == ["base.yaml", "post.yaml"]
 
 
+def test_a_variant_may_have_its_own_scales(grid: Path) -> None:
+    content = yaml.safe_load(grid.read_text())
+    content["runs"] = [{"name": "long", "scales": {"cpu": {"configs": ["post.yaml"], "trainer.max_steps": 9}}}]
+    write(grid, content)
+    cpu, gpu = plan(grid, "cpu")[0], plan(grid, "gpu")[0]
+    assert dict(cpu.settings)["trainer.max_steps"] == 9
+    assert "trainer.max_steps" not in dict(gpu.settings)
+    assert [Path(name).name for name in cpu.configs] == ["base.yaml", "post.yaml"]
+
+
 def test_include_chains_studies(grid: Path) -> None:
     both = write(grid.parent / "all.yaml", {"include": ["sweep.yaml", "sweep.yaml"]})
     assert len(plan(both, "cpu")) == 16
