@@ -68,7 +68,7 @@ class Setting:
 
 
 BASE = accounting.named_config("tinystories")
-DEMO = TransformerConfig(1024, context_length=256, num_layers=3, num_heads=4, d_model=128, d_ff=344, head="tied")
+DEMO = TransformerConfig(2048, context_length=256, num_layers=3, num_heads=4, d_model=128, d_ff=344, head="tied")
 # 50,257 rounded up to a multiple of 128, as tensor cores like it
 SMALL_GPT2 = dataclasses.replace(accounting.named_config("gpt2-small"), vocab_size=50_304)
 SUITES: dict[str, list[Setting]] = {
@@ -190,10 +190,15 @@ def make_llama(config: TransformerConfig) -> nn.Module:
 class Trainer:
     """One entrant's training: its step in parts, each of which can be timed alone."""
 
-    def __init__(self, entrant: Entrant, setting: Setting, tokens: np.ndarray, device: torch.device) -> None:
+    def __init__(self, entrant: Entrant, setting: Setting, directory: Path, device: torch.device) -> None:
+        from lm.data import DeviceTokens, TokenFile
+
         torch.manual_seed(0)
-        self.setting, self.tokens, self.device = setting, tokens, device
+        self.setting, self.device = setting, device
+        self.tokens = np.load(directory / "train.npy")
         self.ours = entrant == "ours"
+        on_device = self.ours and device.type == "cuda"
+        self.device_tokens = DeviceTokens(TokenFile(directory / "train.npy"), device) if on_device else None
         if self.ours:
             self.model: nn.Module = TransformerLM(setting.model, device)
             self.optimizer: torch.optim.Optimizer = AdamW(self.model.parameters(), **ADAMW)
@@ -214,8 +219,11 @@ class Trainer:
         return F.cross_entropy(self.model(inputs, use_cache=False).logits.flatten(0, 1), targets.flatten())
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """A batch: ours with the project's `get_batch`, a rival's as nanoGPT does it."""
+        """A batch: ours from the device or with `get_batch`, as in a run of the project; a rival's as in nanoGPT."""
         batch_size, length = self.setting.batch_size, self.setting.model.context_length
+        if self.device_tokens is not None:
+            starts = torch.randint(len(self.tokens) - length, (batch_size,), device=self.device)
+            return self.device_tokens.get_batch(length, starts)
         if self.ours:
             from lm.data import get_batch
 
@@ -383,28 +391,31 @@ def compare_training(setting: Setting, device: torch.device, rivals: list[Entran
         rivals: beside "ours" and "lightning".
         matmul: what `matmul_flops` measured here.
     """
-    tokens = np.random.default_rng(0).integers(0, setting.model.vocab_size, 2_000_000, dtype=np.uint16)
-    entrants: dict[Entrant, Trainer] = {name: Trainer(name, setting, tokens, device) for name in ("ours", *rivals)}
-    seconds: dict[Entrant, list[float]] = {name: [] for name in entrants}
-
-    def round_of_bare_loops() -> None:
-        for name, entrant in entrants.items():
-            seconds[name].append(entrant.run(setting.steps))
-
-    round_of_bare_loops()  # compiles, warms up
-    for values in seconds.values():
-        values.clear()
+    seconds: dict[Entrant, list[float]] = {"ours": [], "lightning": [], **{name: [] for name in rivals}}
     with tempfile.TemporaryDirectory() as folder, quiet_lightning():
-        write_dataset(Path(folder), tokens, setting.model.vocab_size)
-        seconds = {"ours": seconds.pop("ours"), "lightning": [], **seconds}
-        seconds["lightning"] = fit_in_rounds(setting, Path(folder), device, round_of_bare_loops)
+        directory = Path(folder)
+        write_dataset(directory, setting.model.vocab_size)
+        entrants: dict[Entrant, Trainer] = {
+            name: Trainer(name, setting, directory, device) for name in seconds if name != "lightning"
+        }
+
+        def round_of_bare_loops() -> None:
+            for name, entrant in entrants.items():
+                seconds[name].append(entrant.run(setting.steps))
+
+        round_of_bare_loops()  # compiles, warms up
+        for values in seconds.values():
+            values.clear()
+        seconds["lightning"] = fit_in_rounds(setting, directory, device, round_of_bare_loops)
     for name in entrants:  # the turn before Lightning's first round, which only warmed up, has no partner
         del seconds[name][0]
 
     tokens_per_step = setting.batch_size * setting.model.context_length
     tokens_per_round = tokens_per_step * setting.steps
     flops_per_token = accounting.flops_per_token(setting.model)
-    dtype: accounting.Dtype = "float32" if setting.precision == "32-true" else "bfloat16"
+    dtype: accounting.Dtype = "bfloat16"
+    if setting.precision == "32-true":
+        dtype = "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     sheet = accounting.peak_flops(device_name(device), dtype)
     results: dict[Entrant, Any] = {}
     for name, values in seconds.items():
@@ -437,8 +448,9 @@ def compare_training(setting: Setting, device: torch.device, rivals: list[Entran
     }
 
 
-def write_dataset(directory: Path, tokens: np.ndarray, vocab_size: int) -> None:
+def write_dataset(directory: Path, vocab_size: int) -> None:
     """A dataset directory of random tokens, for `TokenDataModule`."""
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 2_000_000, dtype=np.uint16)
     splits = {}
     for split in ("train", "valid"):
         np.save(directory / f"{split}.npy", tokens)
@@ -618,7 +630,7 @@ def markdown(result: dict[str, Any]) -> str:
         overhead = training["lightning_overhead"]
         lines += [
             "",
-            f"Lightning's loop costs {overhead['median']:+.1%} over our bare loop "
+            f"Lightning's loop, logging included, costs {overhead['median']:+.1%} over our bare loop "
             f"({overhead['low']:+.1%} to {overhead['high']:+.1%}). "
             f"Predicted peak memory: {training['predicted_memory_bytes'] / 2**20:,.0f} MiB.",
             "",

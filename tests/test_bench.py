@@ -66,7 +66,7 @@ def test_whole_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     page = (tmp_path / "result.md").read_text()
     assert page == capsys.readouterr().out.removesuffix("\n")
     assert "### Training: tiny" in page
-    assert "Lightning's loop costs" in page
+    assert "Lightning's loop, logging included, costs" in page
 
 
 @pytest.mark.gpu
