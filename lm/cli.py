@@ -33,7 +33,7 @@ from lm.control import RunConfig, RunControl, Signals, Stopped
 from lm.data import TokenDataModule
 from lm.model import TransformerConfig
 from lm.module import LanguageModel, OptimizerConfig, ScheduleConfig
-from lm.options import explain, fail, known_keys
+from lm.options import explain, fail, is_first_rank, known_keys
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "builtin.yaml"
 
@@ -164,7 +164,7 @@ class CLI(LightningCLI):
         """Find the newest good checkpoint of the newest run of this name that has one."""
         place = Path(config.run.logs) / config.run.name
         versions = sorted(place.glob("version_*/checkpoints"), key=lambda path: int(path.parent.name.split("_")[1]))
-        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        first = is_first_rank()
         for folder in reversed(versions):
             lock = lock_run(folder.parent) if first else None
             try:
@@ -191,7 +191,7 @@ class CLI(LightningCLI):
         self.control.lock = self.lock
         self.metrics = MetricsLog(self.control)
         self.samples, self.record = Samples(run), RunRecord(self.control, self.metrics)
-        if fitting:
+        if fitting and not trainer.fast_dev_run:  # which tries a few batches and writes nothing
             progress = Progress(self.control, self.metrics)
             extra = [self.metrics, self.samples, progress, self.record, self.control]
             kwargs["callbacks"] = [*(trainer.callbacks or []), *extra]
@@ -222,6 +222,9 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Say what came out, where it is and what to do with it."""
         if not self.trainer.is_global_zero:
+            return
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print("a batch of training and one of validation went through; nothing was written")
             return
         control, config = self.control, self.control.config
         tokens = f"{self.trainer.global_step:,} steps, {self.metrics.tokens_seen:,} tokens"
@@ -316,7 +319,8 @@ def run_problems(trainer: Namespace, schedule: Namespace, run: Namespace) -> lis
     if schedule.follow == "steps" and trainer.max_steps <= 0:
         problems.append("model.schedule.follow=steps needs trainer.max_steps: set it, or follow the clock")
     try:
-        check_folder(Path(run.logs))
+        if is_first_rank():
+            check_folder(Path(run.logs))
     except OSError as error:
         problems.append(f"run.logs: {error.strerror or error}")
     return problems

@@ -9,9 +9,14 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks and writes for all ranks, before Lightning knows about ranks."""
+    return not any(int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
 def fail(problems: list[str]) -> NoReturn:
     """Leave with exit code 2 and one line per problem, said by the first rank alone."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if is_first_rank():
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
     raise SystemExit(2)

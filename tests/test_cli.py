@@ -13,7 +13,7 @@ from toy import SETTINGS, command, make_dataset
 
 from lm import __main__, cli
 from lm.checkpoint import best_checkpoint
-from lm.options import explain
+from lm.options import explain, is_first_rank
 
 Run = Callable[..., int]
 RUN = Path("logs/toy/version_0")
@@ -215,6 +215,21 @@ def test_a_checkpoint_given_by_name_begins_a_run_of_its_own(fit: Run, lm: Run) -
 def test_devices_are_counted_as_lightning_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert [cli.num_devices(devices) for devices in (2, "2", "auto", -1, [0, 1, 2], "0,2")] == [2, 2, 4, 4, 3, 2]
+
+
+def test_a_trial_run_writes_nothing(fit: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert fit("--trainer.fast_dev_run=true") == 0
+    assert "went through" in capfd.readouterr().out
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert is_first_rank()
+    monkeypatch.setenv(name, "0")
+    assert is_first_rank()
+    monkeypatch.setenv(name, "1")
+    assert not is_first_rank()
 
 
 # ---------------------------------------------------------------------------------------------------------- two ranks

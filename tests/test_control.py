@@ -68,7 +68,7 @@ def test_between_agreements_the_clock_goes_by_steps_alone() -> None:
     assert clock.now() > 1000.0
 
 
-@pytest.mark.parametrize("follow", ["clock", "steps"])
+@pytest.mark.parametrize("follow", ["clock", pytest.param("steps", marks=pytest.mark.slow)])
 def test_a_run_ends_in_time_with_slow_validation_and_slow_saving(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, follow: str
 ) -> None:
