@@ -486,6 +486,7 @@ class BytesEncoder:
         return other
 
     def _empty_work(self, longest: int) -> Any:
+        num_ranks = len(self._rules.products)
         return self._kernels.Work(
             lows=np.empty(self._kernels.BATCH, np.uint64),
             highs=np.empty(self._kernels.BATCH, np.uint64),
@@ -495,7 +496,12 @@ class BytesEncoder:
             ranks=np.empty(longest, np.uint32),
             after=np.empty(longest, np.int32),
             before=np.empty(longest, np.int32),
-            heap=np.empty(2 * longest, np.uint64),
+            later=np.empty(longest, np.int32),
+            earlier=np.empty(longest, np.int32),
+            heap=np.empty(longest, np.uint64),
+            first=np.full(num_ranks, -1, np.int32),
+            last=np.full(num_ranks, -1, np.int32),
+            waiting=np.zeros(num_ranks // 64 + 1, np.uint64),
         )
 
     def encode(self, text: NDArray[np.uint8], size: int, starts: NDArray[np.uint32], ids: NDArray[Any]) -> int:

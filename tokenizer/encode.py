@@ -304,6 +304,8 @@ class TokenWriter:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
+            if isinstance(error, OSError) and error.errno and error.filename is None:
+                error.filename = os.fspath(self.output)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 self.part.unlink(missing_ok=True)
                 self.journal.unlink(missing_ok=True)
@@ -377,6 +379,8 @@ class TokenWriter:
         os.fsync(self.file)
         os.replace(self.part, self.output)
         self.journal.unlink(missing_ok=True)
+        for stray in self.output.parent.glob(f".{self.journal.name}.*.part"):  # of a run killed while it wrote one
+            stray.unlink(missing_ok=True)
         files.flush_folder(self.output.parent)
         return {
             "file": self.output.name,

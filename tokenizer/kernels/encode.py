@@ -6,8 +6,8 @@ how many ids there are. What does not fit inline, more ids and the bytes of long
 Slots are looked up in batches: the whole batch is asked of memory before the first answer is needed.
 
 `merge_short` and `merge_long` are `tokenizer.reference.encode` for one pre-token: the merge of lowest rank first, the
-leftmost of equals. The first looks through all pairs for each merge; the second keeps them in a heap, so that a
-pre-token of n bytes takes O(n log n).
+leftmost of equals. The first looks through all pairs for each merge; the second keeps the positions of each rank in a
+list, so that a pre-token of n bytes takes about as long as n short ones.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.kernels.machine import NONE, ONE, copy_16_bytes, inline_kernel, kernel, load_word, prefetch
+from tokenizer.kernels.machine import NONE, ONE, copy_16_bytes, inline_kernel, kernel, load_word, lowest_bit, prefetch
 from tokenizer.kernels.scan import SpecialTokens, find_special_token, scan
 
 Word = np.uint64
@@ -70,7 +70,12 @@ class Work(NamedTuple):
     ranks: NDArray[np.uint32]
     after: NDArray[np.int32]
     before: NDArray[np.int32]
-    heap: NDArray[np.uint64]  # twice as long
+    later: NDArray[np.int32]  # of each position, the next and the previous one in the list of its rank
+    earlier: NDArray[np.int32]
+    heap: NDArray[np.uint64]
+    first: NDArray[np.int32]  # of each rank, the ends of its list of positions, and a bit whether it has any;
+    last: NDArray[np.int32]  # between two pre-tokens all lists are empty: -1, -1, 0
+    waiting: NDArray[np.uint64]
 
 
 @inline_kernel
@@ -154,59 +159,110 @@ def sift_down(heap: NDArray[np.uint64], size: int, hole: int, value: Word) -> No
     heap[hole] = value
 
 
+@inline_kernel
+def enter(position: int, rank: int, work: Work) -> None:
+    """Append `position` to the list of `rank`."""
+    end = np.int64(work.last[rank])
+    work.earlier[position], work.later[position] = end, -1
+    if end < 0:
+        work.first[rank] = position
+        work.waiting[rank >> 6] |= ONE << Word(rank & 63)
+    else:
+        work.later[end] = position
+    work.last[rank] = position
+
+
+@inline_kernel
+def leave(position: int, rank: int, work: Work) -> None:
+    """Take `position` out of the list of `rank`."""
+    before, after = np.int64(work.earlier[position]), np.int64(work.later[position])
+    if before < 0:
+        work.first[rank] = after
+    else:
+        work.later[before] = after
+    if after < 0:
+        work.last[rank] = before
+    else:
+        work.earlier[after] = before
+    if before < 0 and after < 0:
+        work.waiting[rank >> 6] &= ~(ONE << Word(rank & 63))
+
+
 @kernel
-def sift_up(heap: NDArray[np.uint64], hole: int, value: Word) -> None:
-    """Put `value` at or above `hole` of a binary min-heap."""
-    while hole > 0 and heap[(hole - 1) // 2] > value:
-        heap[hole] = heap[(hole - 1) // 2]
-        hole = (hole - 1) // 2
-    heap[hole] = value
+def sort_positions(rank: int, work: Work) -> None:
+    """Put the list of `rank` in ascending order: mostly it is, as each sweep over the text appends in order."""
+    position = np.int64(work.first[rank])
+    while work.later[position] > position:
+        position = np.int64(work.later[position])
+    if work.later[position] < 0:
+        return
+    size = 0
+    position = np.int64(work.first[rank])
+    while position >= 0:
+        work.heap[size] = Word(position)
+        size += 1
+        position = np.int64(work.later[position])
+    for i in range(size // 2 - 1, -1, -1):
+        sift_down(work.heap, size, i, work.heap[i])
+    work.first[rank] = work.last[rank] = -1
+    while size > 0:
+        size -= 1
+        enter(np.int64(work.heap[0]), rank, work)
+        sift_down(work.heap, size, 0, work.heap[size])
+
+
+@inline_kernel
+def update_rank(position: int, right: int, ids: NDArray[np.uint32], work: Work, rules: Rules) -> np.int64:
+    """Find the rank of the merge of `position` with `right` anew and move it to the list of that; the rank."""
+    if work.ranks[position] != NO_MERGE:
+        leave(position, np.int64(work.ranks[position]), work)
+    rank = find_merge(ids[position], ids[right], rules.pairs)
+    work.ranks[position] = rank
+    if rank != NO_MERGE:
+        enter(position, np.int64(rank), work)
+    return np.int64(rank)
 
 
 @kernel
 def merge_long(ids: NDArray[np.uint32], count: int, work: Work, rules: Rules) -> int:
-    """Merge `ids[:count]` in place; the new count. O(count log count).
+    """Merge `ids[:count]` in place; the new count.
 
-    Tokens form a linked list in place; a merge leaves its left position and removes its right one. The heap holds
-    rank << 32 | position of the left token; an entry counts only if it is still the rank of that position.
+    Tokens form a linked list in place; a merge leaves its left position and removes its right one. Each position is in
+    the list of the rank of its merge, if it has one. The lowest rank that has positions is worked off from the left,
+    which seldom makes a lower one: a token is merged further by a rank that was learned after its own.
     `work.ranks` is as for `merge_short`.
     """
-    ranks, after, before, heap = work.ranks, work.after, work.before, work.heap
-    size = 0
+    ranks, after, before, waiting = work.ranks, work.after, work.before, work.waiting
     for i in range(count):
         after[i] = i + 1
         before[i] = i - 1
         if ranks[i] != NO_MERGE:
-            heap[size] = (Word(ranks[i]) << HALF) | Word(i)
-            size += 1
-    for i in range(size // 2 - 1, -1, -1):
-        sift_down(heap, size, i, heap[i])
+            enter(i, np.int64(ranks[i]), work)
 
-    while size > 0:
-        top = heap[0]
-        size -= 1
-        if size > 0:
-            sift_down(heap, size, 0, heap[size])
-        left = np.int64(top & LOW_HALF)
-        if ranks[left] != top >> HALF:
+    word = 0
+    while word < len(waiting):
+        if waiting[word] == NONE:
+            word += 1
             continue
-        right = np.int64(after[left])
-        ids[left] = rules.products[ranks[left]]
-        ranks[left] = ranks[right] = NO_MERGE
-        beyond = np.int64(after[right])
-        after[left] = beyond
-        if beyond < count:
-            before[beyond] = left
-            ranks[left] = find_merge(ids[left], ids[beyond], rules.pairs)
-            if ranks[left] != NO_MERGE:
-                sift_up(heap, size, (Word(ranks[left]) << HALF) | Word(left))
-                size += 1
-        if left > 0:
-            first = np.int64(before[left])
-            ranks[first] = find_merge(ids[first], ids[left], rules.pairs)
-            if ranks[first] != NO_MERGE:
-                sift_up(heap, size, (Word(ranks[first]) << HALF) | Word(first))
-                size += 1
+        rank = 64 * word + lowest_bit(waiting[word])
+        sort_positions(rank, work)
+        lowest = rank
+        while lowest == rank and work.first[rank] >= 0:
+            left = np.int64(work.first[rank])
+            right = np.int64(after[left])
+            beyond = np.int64(after[right])
+            for position in (left, right):
+                if ranks[position] != NO_MERGE:
+                    leave(position, np.int64(ranks[position]), work)
+                    ranks[position] = NO_MERGE
+            ids[left] = rules.products[rank]
+            after[left] = beyond
+            if beyond < count:
+                before[beyond] = left
+                lowest = min(lowest, update_rank(left, beyond, ids, work, rules))
+            if left > 0:
+                lowest = min(lowest, update_rank(np.int64(before[left]), left, ids, work, rules))
+        word = lowest >> 6
 
     kept = 0
     position = np.int64(0)
