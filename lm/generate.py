@@ -8,6 +8,7 @@ text degrades when the first positions leave the cache: Xiao et al. 2023, "Effic
 attention sinks".) `window_start` is the whole rule, for prompts that are too long as well.
 """
 
+import contextlib
 import dataclasses
 import math
 import random
@@ -421,6 +422,8 @@ def _write(
 
 def _session(model: TransformerLM, tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling, seed: int) -> None:
     """Read prompts from the terminal until Ctrl-D; Ctrl-C stops a text, `:name value` changes a setting."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() history and editing
     settings = ", ".join(f":{field.name}" for field in dataclasses.fields(Sampling))
     print(
         f"A prompt, then Enter. Settings: {settings}, :seed, :max_new_tokens and a value. Ctrl-D ends.", file=sys.stderr
