@@ -1,0 +1,101 @@
+"""Every file in configs/sweeps/ can be planned at every scale, and what it plans goes through the real command line."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lm.cli import CLI, default_configs, find_problems
+from lm.control import Signals
+from lm.sweep import PlannedRun, plan
+
+SWEEPS = Path(__file__).parents[1] / "configs" / "sweeps"
+ALL = yaml.safe_load((SWEEPS / "all.yaml").read_text())["include"]
+SCALES = ("cpu", "gpu")
+STUDIES = [(name, scale) for name in ALL for scale in SCALES]
+
+
+class ParseOnly(CLI):
+    """Parses and checks the settings, builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CLI]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("cli"))
+        patch.setattr("sys.argv", ["lm", "fit"])
+        yield ParseOnly(time.monotonic(), Signals(), default_configs(["fit"]))
+
+
+def parse(cli: CLI, run: PlannedRun) -> Any:
+    arguments = run.arguments("logs")
+    config = cli.parser.parse_args(arguments[2:]).fit
+    assert find_problems(config, "fit") == []
+    return config
+
+
+def variants(runs: list[PlannedRun]) -> list[PlannedRun]:
+    """One run of each: those of the first seed."""
+    return [run for run in runs if dict(run.settings)["seed_everything"] == 0]
+
+
+def test_all_names_every_study() -> None:
+    assert sorted(ALL) == sorted(path.name for path in SWEEPS.glob("*.yaml") if path.name != "all.yaml")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_study_opens_with_its_question_and_its_commands(name: str) -> None:
+    text = (SWEEPS / name).read_text()
+    head = text[: text.index("\nstudy: ")]
+    sweep = yaml.safe_load(text)
+    assert "?" in head.split("\n#\n")[0]
+    assert f"#   python -m lm sweep configs/sweeps/{name} --scale " in head
+    assert f"#   python -m lm report {sweep['study']}\n" in head + "\n"
+    assert sweep["study"] == Path(name).stem
+    assert sweep["seeds"] == [0, 1, 2]
+    assert tuple(sweep["scales"]) == SCALES
+
+
+@pytest.mark.parametrize(("name", "scale"), STUDIES)
+def test_every_variant_parses_and_follows_its_steps(
+    name: str, scale: str, cli: CLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm.cli.device_problems", lambda trainer: [])  # a GPU's precision where there is no GPU
+    runs = plan(SWEEPS / name, scale)
+    assert len({run.name for run in runs}) == len(runs)
+    parsed = []
+    for run in variants(runs)[:: 1 if len(runs) < 20 else 7]:
+        config = parse(cli, run)
+        assert config.model.schedule.follow == "steps"
+        assert config.run.max_minutes is None
+        assert config.run.validate_every_n_steps <= config.trainer.max_steps
+        assert (config.trainer.accelerator == "cpu") == (scale == "cpu")
+        assert config.run.logs == f"logs/{Path(name).stem}"
+        parsed.append(config)
+    different = {repr((config.model, config.data, config.trainer.max_steps)) for config in parsed}
+    assert len(different) == len(parsed), "two variants that are the same run"
+
+
+@pytest.mark.parametrize(("scale", "num_tokens"), [("cpu", 819_200), ("gpu", 40_960_000)])
+def test_batch_sizes_see_the_same_tokens(scale: str, num_tokens: int) -> None:
+    settings = [dict(run.settings) for run in plan(SWEEPS / "batch_size.yaml", scale)]
+    tokens = {s["data.batch_size"] * s["trainer.max_steps"] * 256 for s in settings}
+    assert max(tokens) == num_tokens
+    assert min(tokens) > 0.99 * num_tokens
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_feed_forward_layers_have_as_many_parameters(scale: str, cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lm.cli.device_problems", lambda trainer: [])
+    swiglu, silu = (parse(cli, run).model.transformer for run in variants(plan(SWEEPS / "swiglu_ablation.yaml", scale)))
+    assert (swiglu.ffn, silu.ffn) == ("swiglu", "silu")
+    assert 2 * silu.d_ff == pytest.approx(3 * swiglu.d_ff, rel=0.02)
