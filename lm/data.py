@@ -36,6 +36,7 @@ class TokenFile:
     Raises:
         FileNotFoundError: no file at `path`.
         ValueError: not such an array, cut off, or an id beyond the vocabulary (with its index).
+        OSError: when reading: the file has shrunk since it was opened.
     """
 
     def __init__(self, path: str | os.PathLike[str], vocab_size: int | None = None, max_id: int | None = None):
@@ -92,7 +93,7 @@ class TokenFile:
         size = max(stop - start, 0) * self.dtype.itemsize
         data = os.pread(self._file.fileno(), size, self._offset + start * self.dtype.itemsize)
         if len(data) != size:
-            raise ValueError(f"{self.path} shrank while it was open: tokens {start} to {stop} of {len(self)} are gone")
+            raise OSError(f"{self.path} shrank while it was open: tokens {start} to {stop} of {len(self)} are gone")
         return np.frombuffer(data, self.dtype)
 
     def __reduce__(self) -> tuple[type["TokenFile"], tuple[Path]]:

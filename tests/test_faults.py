@@ -282,6 +282,27 @@ def test_bad_data_is_one_line_and_no_run(
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_that_shrinks_under_a_run_ends_it_with_one_line_and_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], num_workers: int
+) -> None:
+    data = make_dataset(tmp_path / "data")
+    training_step = LanguageModel.training_step
+
+    def faulty_step(self: LanguageModel, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.trainer.global_step == 5:
+            os.truncate(data / "train.npy", 200)
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModel, "training_step", faulty_step)
+    monkeypatch.setattr("sys.argv", ["lm"])
+    arguments = [f"--data.directory={data}", *SETTINGS, f"--run.logs={tmp_path}", f"--data.num_workers={num_workers}"]
+    assert cli.main(["fit", *arguments, "--trainer.max_steps=100"], time.monotonic()) == 1
+    [line] = errors(capsys.readouterr().err)
+    assert "train.npy shrank while it was open" in line
+    assert check_whole(tmp_path / "toy/version_0")["global_step"] >= 4  # a worker had read ahead
+
+
 def test_a_run_goes_on_with_its_own_model_and_data_only(
     fit: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
