@@ -263,22 +263,19 @@ class Trainer:
         loss.item()  # waits for the device
         return time.perf_counter() - began
 
-    def parts(self, steps: int) -> dict[str, float]:
-        """Median seconds of each part of a step, the device idle in between."""
-        seconds: dict[str, list[float]] = {"data": [], "forward": [], "backward": [], "clip and optimizer": []}
-        for _ in range(steps):
-            marks = [self._now()]
-            batch = self.data()
-            marks.append(self._now())
-            loss = self.forward(*batch)
-            marks.append(self._now())
-            loss.backward()
-            marks.append(self._now())
-            self.optimize()
-            marks.append(self._now())
-            for name, (begin, end) in zip(seconds, itertools.pairwise(marks), strict=True):
-                seconds[name].append(end - begin)
-        return {name: statistics.median(values) for name, values in seconds.items()}
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part of one step, the device idle in between."""
+        marks = [self._now()]
+        batch = self.data()
+        marks.append(self._now())
+        loss = self.forward(*batch)
+        marks.append(self._now())
+        loss.backward()
+        marks.append(self._now())
+        self.optimize()
+        marks.append(self._now())
+        names = ("data", "forward", "backward", "clip and optimizer")
+        return {name: end - begin for name, (begin, end) in zip(names, itertools.pairwise(marks), strict=True)}
 
     def _now(self) -> float:
         synchronize(self.device)
@@ -430,7 +427,11 @@ def compare_training(setting: Setting, device: torch.device, rivals: list[Entran
     for name, entrant in entrants.items():
         static = 3 * sum(p.numel() * p.element_size() for p in entrant.model.parameters())
         results[name]["peak_memory_bytes"] = static + peak_memory(entrant.step, device)
-        results[name]["parts_seconds"] = entrant.parts(max(3, setting.steps))
+    turns = [{name: entrant.parts() for name, entrant in entrants.items()} for _ in range(setting.rounds)]
+    for name in entrants:
+        results[name]["parts_seconds"] = {
+            part: statistics.median(turn[name][part] for turn in turns) for part in turns[0][name]
+        }
     overhead = [f / s - 1 for f, s in zip(seconds["lightning"], seconds["ours"], strict=True)]
     return {
         "name": setting.name,
@@ -471,6 +472,8 @@ def write_dataset(directory: Path, vocab_size: int) -> None:
 def quiet_lightning() -> Iterator[None]:
     """Without Lightning's notices about what a benchmark leaves out on purpose."""
     import logging
+
+    import lightning.pytorch  # noqa: F401 - it sets the level that is changed here
 
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
