@@ -13,7 +13,7 @@ import pytest
 from tokenizer import Tokenizer, reference
 from tokenizer.__main__ import main
 from tokenizer.show import colour_tokens
-from tokenizer.stats import longest_tokens, overlap, text_stats
+from tokenizer.stats import longest_tokens, overlap, text_stats, unshared
 
 END = "<|endoftext|>"
 TEXT = f"low low lower newest\n{END}\nwidest it's über 😀 <b>&\n{END}\n" * 20
@@ -200,6 +200,26 @@ class TestLooking:
         shown = capsys.readouterr().out
         assert "bytes per token" in shown
         assert "100.0%" in shown
+
+    def test_stats_of_sampled_documents(self, folder: Path, tmp_path: Path) -> None:
+        tokenizer = Tokenizer.from_directory(folder)
+        documents = ["low lower" * n for n in range(1, 40)]
+        (tmp_path / "few.txt").write_text(END.join(documents[:3]))
+        few = text_stats(tokenizer, tmp_path / "few.txt")["sampled_bytes_per_token"]
+        num_tokens = sum(len(tokenizer.encode(document)) for document in documents[:3])
+        assert few == pytest.approx(sum(map(len, documents[:3])) / num_tokens)
+        (tmp_path / "many.txt").write_text(END.join(documents))
+        bytes_only = Tokenizer({**tokenizer.vocab}, [], tokenizer.special_tokens)
+        many = text_stats(bytes_only, tmp_path / "many.txt")
+        assert many["sampled_bytes_per_token"] == 1
+        assert many["bytes_per_token"] > 1, "the separators are single tokens, and belong to no document"
+
+    def test_stats_say_what_is_not_shared(self, folder: Path) -> None:
+        tokenizer = Tokenizer.from_directory(folder)
+        kept = {token: word for token, word in tokenizer.vocab.items() if word != b"".join(tokenizer.merges[-1])}
+        less = Tokenizer(kept, tokenizer.merges[:-1], tokenizer.special_tokens)
+        assert unshared(tokenizer, less) == [b"".join(tokenizer.merges[-1])]
+        assert unshared(less, tokenizer) == []
 
     def test_stats_of_an_empty_text(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "empty.txt").write_text("")
