@@ -340,7 +340,7 @@ class TokenDataModule(pl.LightningDataModule):
         batch_size: windows per batch and device.
         val_batch_size: windows per validation batch; batch_size by default.
         windows: "replacement" draws each window at random, "epoch" uses every token once per epoch.
-        seed: of the order of the windows.
+        seed: of the order of the windows; by default that of `seed_everything`.
         num_workers: processes that read ahead; 0 reads in the training process, which is quick enough here.
         tokens_on: "device" keeps the whole training file in the device's memory (2 bytes per token).
         changed_data: whether a run may resume on other data, batch size, context or seed than its checkpoint's.
@@ -359,7 +359,7 @@ class TokenDataModule(pl.LightningDataModule):
         batch_size: int = 32,
         val_batch_size: int | None = None,
         windows: Windows = "replacement",
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int = 0,
         tokens_on: Literal["host", "device"] = "host",
         changed_data: Literal["refuse", "accept"] = "refuse",
@@ -370,15 +370,16 @@ class TokenDataModule(pl.LightningDataModule):
         self.data_dir, self.context_length, self.batch_size = data_dir, context_length, batch_size
         self.val_context_length = val_context_length or context_length
         self.val_batch_size = val_batch_size or batch_size
-        self.windows, self.seed, self.num_workers = windows, seed, num_workers
+        self.windows, self.num_workers = windows, num_workers
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # where Lightning notes its own
         self.tokens_on, self.changed_data = tokens_on, changed_data
         for name in ("context_length", "val_context_length", "batch_size", "val_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers} must be 0 or more")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed={seed} must be in [0, 2**64)")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**64)")
         if valid_text is not None and train_text is None:
             raise ValueError(f"valid_text={valid_text} needs a train_text")
         if self.directory is not None:

@@ -454,6 +454,16 @@ def test_bad_settings_are_refused_before_anything_is_prepared(arguments: dict[st
         TokenDataModule(**arguments)
 
 
+def test_the_order_follows_the_seed_of_the_run_unless_it_has_its_own(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    assert TokenDataModule(directory=str(dataset)).seed == 0
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")  # as lightning.seed_everything(7) does
+    assert TokenDataModule(directory=str(dataset)).seed == 7
+    assert TokenDataModule(directory=str(dataset), seed=0).seed == 0
+
+
 def test_the_vocabulary_of_a_prepared_dataset_is_what_it_is(dataset: Path) -> None:
     assert TokenDataModule(directory=str(dataset), vocab_size=300).vocab_size == 300
     with pytest.raises(ValueError, match=r"vocab_size=500, but .* was made with 300"):
@@ -487,7 +497,7 @@ def test_a_corpus_is_prepared_on_one_process_and_found_by_all(dataset: Path, mon
 @pytest.mark.parametrize("change", ["none", "batch_size", "seed", "context_length", "windows", "text", "tokenizer"])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_checkpoint_of_other_data_is_refused_with_the_difference(dataset: Path, change: str, training: bool) -> None:
-    settings: dict[str, Any] = {"directory": str(dataset), "context_length": 16, "batch_size": 4}
+    settings: dict[str, Any] = {"directory": str(dataset), "context_length": 16, "batch_size": 4, "seed": 0}
     before = TokenDataModule(**settings)
     before.setup("fit")
     saved = json.loads(json.dumps(before.state_dict()))  # plain values only
