@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lm.accounting import num_parameters
 from lm.checkpoint import check_folder, lock_run, note_metrics, prune, recover, rng_state, set_rng_state
 from lm.module import LanguageModel
 
@@ -145,19 +146,19 @@ class Clock:
     def __init__(self, started: float) -> None:
         self.started = started
         self.previous = 0.0
-        self.agreed = (0, 0.0)  # step, seconds
+        self.agreed = (0, 0.0, 0.0)  # step, seconds, seconds of pauses
         self.step_seconds = 0.0
 
     def now(self) -> float:
         """Seconds on this rank."""
         return self.previous + time.monotonic() - self.started
 
-    def agree(self, step: int, seconds: float) -> None:
-        """Take over what the ranks have agreed on at `step`; the pauses in between count as parts of the steps."""
-        before, then = self.agreed
+    def agree(self, step: int, seconds: float, paused: float) -> None:
+        """Take over what the ranks have agreed on at `step`: the time, and how much of it was no training."""
+        before, then, paused_then = self.agreed
         if step > before > 0:
-            self.step_seconds = (seconds - then) / (step - before)
-        self.agreed = (step, seconds)
+            self.step_seconds = (seconds - then - (paused - paused_then)) / (step - before)
+        self.agreed = (step, seconds, paused)
 
     def at(self, step: int) -> float:
         """Seconds at the end of `step`."""
@@ -185,7 +186,10 @@ class RunControl(Checkpoint):
         self.save_seconds = 0.0
         self.best_loss: float | None = None
         self.last_loss: float | None = None
+        self.paused_seconds = 0.0  # by validations and saving
+        self.reserve_seconds = 0.0  # kept back for the last checkpoint and validation; agreed by all ranks
         self._began = 0.0
+        self._after_pause = False
         self._restored_rng: dict[str, Any] | None = None
         self.lock: IO[str] | None = None
         self.saved: Path | None = None
@@ -193,13 +197,14 @@ class RunControl(Checkpoint):
 
     # ---------------------------------------------------------------------------------------------------- begin
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Claim the run's folder: two runs in one would destroy each other's files."""
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Claim the run's folder: two runs in one would destroy each other's files. See that checkpoints fit in."""
         self.directory = Path(trainer.log_dir or trainer.default_root_dir)
         if stage == "fit" and trainer.is_global_zero:
             if self.lock is None:
                 self.lock = lock_run(self.directory)
-            check_folder(self.directory)
+            # Parameters and two moments in float32; a checkpoint is written whole before an older one goes.
+            check_folder(self.directory, 2 * 12 * num_parameters(pl_module.transformer))
             recover(self.directory)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,6 +227,7 @@ class RunControl(Checkpoint):
         if self.config.max_minutes is not None:
             if self.save_seconds == 0:
                 self.save(trainer)
+                self._synchronise(trainer, pl_module, trainer.global_step)
             trainer.should_stop = self._time_is_up(trainer.global_step)
 
     def _take_signals(self) -> None:
@@ -239,7 +245,7 @@ class RunControl(Checkpoint):
         validating = trainer.enable_validation and step % self.config.validate_every_n_steps == 0
         ending = 0 < trainer.max_steps <= step or self._time_is_up(step)
         saving = validating or ending or (every is not None and step % every == 0)
-        if saving or step % self._sync_every(trainer) == 0:
+        if saving or self._after_pause or step % self._sync_every(trainer) == 0:
             self._synchronise(trainer, pl_module, step)
             ending = ending or self._time_is_up(step)
         if self.config.max_minutes is not None:
@@ -265,25 +271,20 @@ class RunControl(Checkpoint):
         return 1 if alone else self.config.sync_every_n_steps
 
     def _synchronise(self, trainer: Trainer, module: LanguageModel, step: int) -> None:
-        seconds, signum, nonfinite, validation, save = max_over_ranks(
-            trainer,
-            [
-                self.clock.now(),
-                float(self.signals.received),
-                float(module.nonfinite.item()),
-                self.validation_seconds,
-                self.save_seconds,
-            ],
-        )
-        self.clock.agree(step, seconds)
-        self._agreed_signal, self.validation_seconds, self.save_seconds = int(signum), validation, save
+        local = [
+            self.clock.now(),
+            self.paused_seconds,
+            float(self.signals.received),
+            float(module.nonfinite.item()),
+            self.validation_seconds + self.save_seconds,
+        ]
+        seconds, paused, signum, nonfinite, last_pause = max_over_ranks(trainer, local)
+        self.clock.agree(step, seconds, paused)
+        self.reserve_seconds = 1.0 + 1.25 * last_pause  # as long as they took so far, and a quarter more
+        self._agreed_signal = int(signum)
+        self._after_pause = False
         if nonfinite:
             raise Stopped("diverged", DIVERGED_EXIT_CODE, f"the loss or a gradient is not finite at step {step}")
-
-    @property
-    def reserve_seconds(self) -> float:
-        """What is kept back for the last checkpoint and validation: as long as they took so far, and a quarter more."""
-        return 1.0 + 1.25 * (self.validation_seconds + self.save_seconds)
 
     @property
     def _training_seconds(self) -> float:
@@ -324,6 +325,8 @@ class RunControl(Checkpoint):
             self.validation_seconds = seconds
             return
         self.validation_seconds = max(self.validation_seconds, seconds)
+        self.paused_seconds += seconds
+        self._after_pause = True
         self.validation_pending = False
         self.last_loss = pl_module.validation_result["val/loss"]
         self.best_loss = self.last_loss if self.best_loss is None else min(self.best_loss, self.last_loss)
@@ -343,7 +346,10 @@ class RunControl(Checkpoint):
         self.saved = path
         if trainer.is_global_zero:
             prune(self.directory, self.config.keep_checkpoints)
-        self.save_seconds = max(self.save_seconds, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self.save_seconds = max(self.save_seconds, seconds)
+        self.paused_seconds += seconds
+        self._after_pause = True
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with."""

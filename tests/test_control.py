@@ -61,11 +61,12 @@ def before(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, action: Call
 
 def test_between_agreements_the_clock_goes_by_steps_alone() -> None:
     clock = Clock(started=0.0)
-    clock.agree(10, 100.0)
-    clock.agree(20, 120.0)
-    assert [clock.at(step) for step in (20, 21, 25)] == [120.0, 122.0, 130.0]
-    clock.previous = 1000.0
-    assert clock.now() > 1000.0
+    clock.agree(10, 100.0, 0.0)
+    clock.agree(20, 150.0, 30.0)
+    assert clock.step_seconds == 2.0, "a pause is no part of a step"
+    assert [clock.at(step) for step in (20, 21, 25)] == [150.0, 152.0, 160.0]
+    clock.previous = 1e9
+    assert clock.now() > 1e9
 
 
 @pytest.mark.parametrize("follow", ["clock", pytest.param("steps", marks=pytest.mark.slow)])
