@@ -24,17 +24,18 @@ from typing import Any
 from tokenizer.files import atomic_write
 from tokenizer.rivals import END, TASKS
 
-THREADED_TASKS = ("count", "train", "profile", "encode", "owt-scale", "tinystories-scale")
+THREADED_TASKS = ("count", "train", "first-use", "profile", "encode", "owt-scale", "tinystories-scale")
 SCALE_BYTES = {"owt-scale": 11.9e9, "tinystories-scale": 2.2e9}
 SCALE_VOCAB_SIZE = {"owt-scale": 32_000, "tinystories-scale": 10_000}
 YARDSTICK = "physical limit"
 RIVALS = sorted({entry for task in TASKS.values() for entry in task if not entry.startswith("ours")} - {YARDSTICK})
-ONCE = ("ours, compiling",)  # entries that one round says enough about
+COMPILING = "ours, kernels compiled"
 
 ABOUT = {
     "count": "Count the pre-tokens of the whole file. The physical limit reads the file and touches each byte once.",
-    "train": "Train a vocabulary of {vocab_size:,} on the first {train_mb:g} MB, from the file to the merges. "
-    "`first call`: the first training of a process, compiled kernels in their cache; `compiling`: without that cache.",
+    "train": "Train a vocabulary of {vocab_size:,} on the first {train_mb:g} MB, from the file to the merges.",
+    "first-use": "The same training as the first work of a process: with the compiled kernels in their cache, and once "
+    "without that cache, as on a new machine.",
     "profile": "Where the time of that training goes, stage by stage.",
     "encode": "Encode the whole file with the vocabulary `{tokenizer}` to uint16 on disk, flushed. "
     "`cold`: the first time in a process that has loaded vocabulary and kernels; `warm`: the second.",
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=TASKS,
         metavar="TASK",
-        default=["count", "train", "profile", "encode", "document", "decode", "long-run"],
+        default=["count", "train", "first-use", "profile", "encode", "document", "decode", "long-run"],
         help=f"what to measure: {', '.join(TASKS)}",
     )
     parser.add_argument(
@@ -122,7 +123,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         scratch = Path(folder)
         (scratch / "job.json").write_text(json.dumps({**job, "scratch": folder}))
         environment = {name: str(job["threads"]) for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
-        if job["rival"] == "ours, compiling":
+        if job["rival"] == COMPILING:
             environment["NUMBA_CACHE_DIR"] = folder
         chosen = cores()[: job["threads"]]
         try:
@@ -167,9 +168,10 @@ def run_task(
     task: str, threads: list[int], entries: list[str], job: dict[str, Any], options: argparse.Namespace
 ) -> Results:
     """All rounds of one task."""
-    plan = [("ours", count) for count in sorted(set(threads)) if task in THREADED_TASKS or count == 1]
+    first = entries[0]
+    plan = [(first, count) for count in sorted(set(threads)) if task in THREADED_TASKS or count == 1]
     most = plan[-1][1]
-    plan += [(entry, most) for entry in entries if entry != "ours"]
+    plan += [(entry, most) for entry in entries if entry != first]
     plan += [(entry, count) for entry, count in plan if entry == YARDSTICK for count in threads if count != most]
     records: list[dict[str, Any]] = [
         {
@@ -188,7 +190,7 @@ def run_task(
     for round_number in range(options.repeats):
         for i, record in enumerate(records):
             stop = "error" in record or spent[i] > options.budget_seconds
-            if stop or (round_number > 0 and record["entry"] in ONCE):
+            if stop or (round_number > 0 and record["entry"] == COMPILING):
                 continue
             start = time.monotonic()
             result = measure({**job, "task": task, "rival": record["entry"], "threads": record["threads"]})
@@ -228,7 +230,7 @@ def prepare_text(task: str, options: argparse.Namespace, scratch: Path) -> Path:
             write_text(part, task, options.file, int(num_bytes), max(options.threads))
             part.rename(kept)
         return kept
-    if task in ("train", "profile") and options.file.stat().st_size > options.train_mb * 1e6:
+    if task in ("train", "first-use", "profile") and options.file.stat().st_size > options.train_mb * 1e6:
         with open(options.file, "rb") as file:
             text = file.read(int(options.train_mb * 1e6))
         separator = text.rfind(END.encode())
@@ -281,11 +283,13 @@ def in_units(seconds: float) -> str:
 
 
 def ratio_to_ours(record: dict[str, Any], ours: dict[str, Any] | None, stage: str) -> str:
-    """Median over the rounds of their seconds over ours in the same round."""
+    """Median over the rounds of their seconds over ours in the same round, for the same number of bytes."""
     own = ours["seconds"].get(stage) if ours and ours is not record else None
-    if not own:
+    if not own or stage not in record["num_bytes"]:
         return ""
-    return f"{statistics.median(a / b for a, b in zip(record['seconds'][stage], own, strict=False)):.2f}x"
+    same_bytes = ours["num_bytes"][stage] / record["num_bytes"][stage] if ours else 1
+    ratios = [same_bytes * a / b for a, b in zip(record["seconds"][stage], own, strict=False)]
+    return f"{statistics.median(ratios):.2f}x"
 
 
 def slope(record: dict[str, Any], kind: str) -> str:
@@ -355,8 +359,8 @@ def page(results: Results) -> str:
         f"Python {about['python']}; {versions}.",
         "",
         "Every run is a process of its own bound to as many cores as threads; the entries of a task take turns, round "
-        "by round. `time over ours` is the median over the rounds of their seconds divided by ours in the same round: "
-        "above 1, ours is faster. Peak memory is the largest resident size of the process. The page cache is warm.",
+        "by round. `time over ours` is the median over the rounds of their seconds per byte divided by ours in the "
+        "same round: above 1, ours is faster. Peak memory is the largest resident size of the process.",
     ]
     for task, result in results["tasks"].items():
         lines += [
