@@ -15,6 +15,7 @@ from tokenizer.encode import SEPARATOR, encode_files
 
 NUM_LONGEST = 10
 NUM_SAMPLED = 10  # documents, the same ones for every tokenizer that separates them
+WIDTH = 30  # characters of a token that are shown whole
 PILE_BYTES = 825e9  # Gao et al. 2020
 QUANTILES = {"median": 0.5, "95%": 0.95, "longest": 1.0}
 
@@ -137,4 +138,8 @@ def _cells(tokenizer: Tokenizer, figures: dict[str, Any]) -> dict[str, str]:
 
 
 def _shown(tokens: list[bytes], separator: str) -> str:
-    return separator.join(repr(token.decode("utf-8", "backslashreplace")) for token in tokens)
+    texts = [token.decode("utf-8", "backslashreplace") for token in tokens]
+    return separator.join(
+        repr(text) if len(text) <= WIDTH else f"{text[: WIDTH - 10]!r}… {len(token)} bytes"
+        for text, token in zip(texts, tokens, strict=True)
+    )
