@@ -446,6 +446,7 @@ def main(argv: list[str], started: float) -> int:
         signals.restore()
         for rank in signals.children:
             end_child(rank)
+        os.environ.pop(PARENT)  # what this process starts from now on is no rank
     return 0
 
 
