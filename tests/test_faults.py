@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +219,17 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_checkpoint_before(
     assert check_whole(run)["global_step"] == 4
     assert fit("--resume=must") == 0  # with room again, the run goes on
     assert check_whole(run)["global_step"] == 8
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_said_before_training(
+    fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert fit() == 2
+    [line] = errors(capsys.readouterr().err)
+    assert re.search(r"has 1,000 bytes free, the run needs about \d\d\d,\d\d\d: make room", line)
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 @pytest.mark.parametrize(
