@@ -592,12 +592,13 @@ def test_the_time_limit_holds_with_slow_validation_and_slow_saving(
     began = time.monotonic()
     assert fit("--resume=auto", *arguments) == 0
     used += time.monotonic() - began
-    assert 9 < used < 12
+    assert used < 12 + resumed  # the way out of the first process, after its save, is on nobody's clock
     run = tmp_path / "logs/toy/version_0"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["budget_seconds"] == 12
     assert summary["used_seconds"] == pytest.approx(used, abs=0.7)
     assert summary["val_loss"] is not None
+    assert 2 < summary["reserve_seconds"] < 12  # it knows of the slow validation and the slow save
     assert check_whole(run)["global_step"] == summary["steps"]
     rates = [row["lr"] for row in rows(run) if "lr" in row]
     assert rates[-1] == pytest.approx(1e-4, rel=0.15)  # annealed to the minimum at the cap
