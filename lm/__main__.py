@@ -35,13 +35,19 @@ def usage() -> str:
     )
 
 
-def with_flags(tool: Callable[..., Any], args: list[str]) -> list[str]:
-    """A switch without a value, such as `--interactive`, means true."""
-    switches = {f"--{name}" for name, p in inspect.signature(tool).parameters.items() if p.annotation is bool}
+def spelled_out(tool: Callable[..., Any], args: list[str]) -> list[str]:
+    """Options in full: `gpt2-xl` means `--model=gpt2-xl` where that is the first option, `--json` means `--json=true`.
+
+    A first parameter without a default is a positional one for the parser anyway.
+    """
+    parameters = list(inspect.signature(tool).parameters.values())
+    if args and not args[0].startswith("-") and parameters[0].default is not inspect.Parameter.empty:
+        args = [f"--{parameters[0].name}={args[0]}", *args[1:]]
+    switches = {f"--{parameter.name}" for parameter in parameters if parameter.annotation is bool}
     following = [*args[1:], ""]
     return [
         f"{arg}=true" if arg in switches and value not in ("true", "false") else arg
-        for arg, value in zip(args, following, strict=True)
+        for arg, value in zip(args, following, strict=False)
     ]
 
 
@@ -67,17 +73,12 @@ def main(argv: list[str]) -> int:
         return 2
     module, name = TOOLS[command][0].split(":")
     try:
-        from jsonargparse import auto_cli, set_parsing_settings
+        from jsonargparse import auto_cli
 
-        from lm.options import ToolParser, explain, fail
+        from lm.options import ToolParser
 
-        set_parsing_settings(parse_optionals_as_positionals=True)  # account gpt2-xl
         tool = getattr(importlib.import_module(module), name)
-        args = with_flags(tool, argv[1:])
-        for word in args:  # a misspelt option would be taken for the value of the first positional
-            name = word.removeprefix("--").split("=")[0]
-            if word.startswith("--") and name not in {*inspect.signature(tool).parameters, "help", "config"}:
-                fail([explain(f"unrecognized arguments: {word}", list(inspect.signature(tool).parameters))])
+        args = spelled_out(tool, argv[1:])
         auto_cli(tool, args=args, prog=f"python -m lm {command}", parser_class=ToolParser)
     except KeyboardInterrupt:
         return 130

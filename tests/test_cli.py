@@ -258,3 +258,20 @@ def test_two_processes_are_one_with_twice_the_batch(fit: Run, dataset: Path, str
             assert b[name] == pytest.approx(a[name], abs=1e-4), name
     assert fit("--run.name=two", "--data.batch_size=8", "--resume=must", "--trainer.max_steps=10") == 0
     assert rows(Path("logs/two/version_0"))[-1]["step"] == 10, "its checkpoint loads in one process"
+
+
+def test_a_tools_first_option_needs_no_name_and_a_switch_no_value() -> None:
+    def required(file: str, dry_run: bool = False) -> None: ...
+
+    def optional(model: str = "gpt2-xl", json: bool = False, logs: str = "logs") -> None: ...
+
+    assert __main__.spelled_out(required, ["a.yaml", "--dry_run"]) == ["a.yaml", "--dry_run=true"]
+    assert __main__.spelled_out(optional, ["gpt2", "--json", "false"]) == ["--model=gpt2", "--json", "false"]
+    assert __main__.spelled_out(optional, ["--json", "--logs", "x"]) == ["--json=true", "--logs", "x"]
+    assert __main__.spelled_out(optional, []) == []
+
+
+def test_a_tool_without_its_argument_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main(["prepare"])
+    assert "corpus" in capsys.readouterr().err
