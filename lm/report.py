@@ -20,6 +20,7 @@ from tokenizer.files import atomic_write
 # Settings that say where a run lives or which random numbers it drew, not what it is.
 SEED = "seed_everything"
 BOOKKEEPING = (
+    "data.seed",
     "trainer.logger",
     "trainer.default_root_dir",
     "trainer.callbacks",
@@ -164,12 +165,14 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def group_table(groups: Sequence[Group]) -> str:
-    """One line per group: n, final validation loss as mean ± standard deviation, best, perplexity, wall-clock."""
+    """One line per group: n, final validation loss as mean ± deviation, best, perplexity, bits per byte, wall-clock."""
     lines = []
     for group in groups:
         losses = group.losses
         spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
         statuses = sorted({run.status for run in group.runs})
+        finished = [run.curve("val/bits_per_byte")[1] for run in group.runs if run.status != "diverged"]
+        bits_per_byte = [curve[-1] for curve in finished if curve]
         seconds = [run.rows[-1]["wall_seconds"] for run in group.runs if run.rows and "wall_seconds" in run.rows[-1]]
         lines.append(
             [
@@ -178,12 +181,14 @@ def group_table(groups: Sequence[Group]) -> str:
                 f"{group.mean_loss:.4f}{spread}" if losses else "–",
                 number(min(losses, default=None)),
                 number(math.exp(group.mean_loss) if losses and group.mean_loss < 50 else None, 2),
+                number(statistics.fmean(bits_per_byte) if bits_per_byte else None),
                 number(statistics.fmean(seconds) if seconds else None, 0),
                 ", ".join(statuses),
             ]
         )
     return markdown_table(
-        ["setting", "n", "final val/loss (nats/token)", "best", "perplexity", "wall s", "status"], lines
+        ["setting", "n", "final val/loss (nats/token)", "best", "perplexity", "bits per byte", "wall s", "status"],
+        lines,
     )
 
 

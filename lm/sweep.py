@@ -97,7 +97,8 @@ def plan(path: Path, scale: str | None = None) -> list[PlannedRun]:
         files = [path.parent / name for name in [*bases, *variant.get("configs", []), *own_size.pop("configs", [])]]
         if missing := [file for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{path}: {missing[0]} is not there")
-        settings = size | variant.get("settings", {}) | own_size | dict(point) | {"seed_everything": seed}
+        seeds = {"seed_everything": seed, "data.seed": seed}  # weights, and order of the data
+        settings = size | variant.get("settings", {}) | own_size | dict(point) | seeds
         runs.append(
             PlannedRun(
                 study=sweep["study"],

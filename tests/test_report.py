@@ -14,10 +14,12 @@ from lm.report import find_runs, group_by_settings, read_metrics, report, varied
 def write_run(study: Path, name: str, lr: float, seed: int, losses: list[float], status: str = "finished") -> Path:
     version = study / name / "version_0"
     version.mkdir(parents=True)
-    config = {"seed_everything": seed, "model": {"optimizer": {"lr": lr}, "depth": 2}, "run": {"name": name}}
+    model = {"optimizer": {"lr": lr}, "depth": 2}
+    config = {"seed_everything": seed, "data": {"seed": seed}, "model": model, "run": {"name": name}}
     (version / "config.yaml").write_text(yaml.safe_dump(config))
     rows = [
         {"step": 10 * k, "wall_seconds": 1.5 * k, "tokens_seen": 640 * k, "train/loss": loss + 0.1, "val/loss": loss}
+        | {"val/bits_per_byte": loss / 4}
         for k, loss in enumerate(losses, start=1)
     ]
     (version / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -54,6 +56,7 @@ def test_report_says_mean_and_standard_deviation(study: Path) -> None:
     assert f"| `optimizer.lr=0.01` | 3 | 2.2000 ± {statistics.stdev([2.0, 2.2, 2.4]):.4f} | 2.0000 |" in page
     assert "| `lr_1-seed_0` | 0 | 20 |" in page
     assert "diverged" in page
+    assert f"| {statistics.fmean([2.0, 2.2, 2.4]) / 4:.4f} |" in page, "bits per byte"
 
 
 def test_curves_are_drawn_the_same_twice(study: Path) -> None:

@@ -45,6 +45,7 @@ def test_plan_is_the_product_of_variants_grid_and_seeds(grid: Path) -> None:
         "model.depth": 3,
         "model.optimizer.lr": 0.01,
         "seed_everything": 1,
+        "data.seed": 1,
     }
     assert [Path(name).name for name in runs[-1].configs] == ["base.yaml", "post.yaml"]
 
