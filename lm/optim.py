@@ -1,16 +1,18 @@
 """Optimizers, learning-rate schedules and gradient clipping."""
 
-import itertools
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
-PIECE = 2**15  # elements per thread in one piece of a parameter: what torch gives a thread at least
+LARGE = 2**20  # elements of a group's parameters from which on it pays to load the compiled loop, in half a second
+PIECE = 2**18  # elements that a thread takes at a time
 
 
 class SGD(Optimizer):
@@ -90,13 +92,18 @@ class AdamW(Optimizer):
                 state["step"] += 1
                 tensors = (local_part(tensor) for tensor in (param, param.grad, state["m"], state["v"]))
                 rows.append(Row(state["step"], *tensors))
-            for batch in batches(rows):
-                adamw_update(batch, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+            options = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+            suited = [row for row in rows if suits_the_compiled_loop(row)]
+            if sum(row.theta.numel() for row in suited) >= LARGE:
+                compiled_adamw_update(suited, *options)
+                rows = [row for row in rows if not suits_the_compiled_loop(row)]
+            if rows:
+                adamw_update(rows, *options)
         return loss
 
 
 class Row(NamedTuple):
-    """A parameter, or a piece of one, with what its update needs; `step` counts from 1."""
+    """A parameter with what its update needs; `step` counts from 1."""
 
     step: int
     theta: Tensor
@@ -119,33 +126,77 @@ def adamw_update(rows: list[Row], lr: float, betas: tuple[float, float], eps: fl
     torch._foreach_addcdiv_(thetas, ms, denominators, [-rate for rate in rates])
 
 
-def batches(rows: list[Row]) -> Iterator[list[Row]]:
-    """All rows at once; on a CPU so few elements that they stay in its cache from one operation to the next."""
-    if not all(row.theta.is_cpu for row in rows):
-        yield rows
-        return
-    limit = PIECE * torch.get_num_threads()
-    batch, size = [], 0
-    for piece in itertools.chain.from_iterable(pieces(row, limit) for row in rows):
-        batch.append(piece)
-        size += piece.theta.numel()
-        if size >= limit:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def suits_the_compiled_loop(row: Row) -> bool:
+    """Whether all tensors are float32 on a CPU, and those that are written each one block of memory."""
+    _, theta, gradient, m, v = row
+    return (
+        theta.is_cpu
+        and all(tensor.dtype == torch.float32 for tensor in (theta, gradient, m, v))
+        and all(tensor.is_contiguous() for tensor in (theta, m, v))
+    )
 
 
-def pieces(row: Row, limit: int) -> Iterator[Row]:
-    """The row, cut along the first axis of its tensors where they have more than `limit` elements."""
-    step, *tensors = row
-    elements = row.theta.numel()
-    if elements <= limit:
-        yield row
-        return
-    length = max(1, len(row.theta) * limit // elements)
-    for parts in zip(*(tensor.split(length) for tensor in tensors), strict=True):
-        yield Row(step, *parts)
+def compiled_adamw_update(
+    rows: list[Row], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
+    """`adamw_update` in one walk over memory, where `adamw_update` takes one for each of its operations.
+
+    Every element is computed alone, and without fused multiply-adds: the result does not depend on pieces and threads.
+    """
+    update = compiled_update_elements()
+    beta1, beta2 = betas
+    pieces = []
+    for step, *tensors in rows:
+        rate = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        numbers = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, rate)
+        arrays = [tensor.detach().contiguous().numpy().reshape(-1) for tensor in tensors]
+        for start in range(0, arrays[0].size, PIECE):
+            pieces.append((*(array[start : start + PIECE] for array in arrays), *numbers))
+    remaining = iter(pieces)  # shared: whichever thread is free takes the next one
+
+    def work() -> None:
+        for piece in remaining:
+            update(*piece)
+
+    # threads of this step alone: those of a pool would be missing in a forked process
+    helpers = [threading.Thread(target=work) for _ in range(min(torch.get_num_threads(), len(pieces)) - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
+    for row in rows:  # as torch does for its own operations in place, so that a late backward pass is refused
+        torch.autograd.graph.increment_version((row.theta, row.m, row.v))
+
+
+@functools.cache
+def compiled_update_elements() -> Callable[..., None]:
+    """`update_elements` for one-dimensional float32 arrays, compiled once per machine, to run without the GIL."""
+    import numba
+
+    array, number = numba.float32[::1], numba.float32
+    compile_for = numba.njit(numba.void(*[array] * 4, *[number] * 6), nogil=True, cache=True, error_model="numpy")
+    return compile_for(update_elements)
+
+
+@no_type_check  # the tests' checks would wrap it in what Numba cannot compile
+def update_elements(
+    theta: Any,
+    gradient: Any,
+    m: Any,
+    v: Any,
+    old_theta: float,
+    new_m: float,
+    old_v: float,
+    new_v: float,
+    eps: float,
+    rate: float,
+) -> None:
+    """The formulas of `AdamW`, element by element; all arguments are float32, so that all results are."""
+    for i in range(theta.size):
+        m[i] += new_m * (gradient[i] - m[i])
+        v[i] = old_v * v[i] + new_v * (gradient[i] * gradient[i])
+        theta[i] = old_theta * theta[i] - rate * m[i] / (math.sqrt(v[i]) + eps)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -209,5 +260,7 @@ def clip_gradients(params: Iterable[Tensor], max_norm: float, eps: float = 1e-6)
     if hasattr(norm, "full_tensor"):  # the gradients are sharded, under FSDP: sum over the processes
         norm = norm.full_tensor()
     factor = (max_norm / (norm + eps)).clamp(max=1.0)
+    if factor.is_cpu and factor == 1:  # on a CPU it is known by now, and a walk over the gradients can be spared
+        return norm
     torch._foreach_mul_([local_part(gradient) for gradient in gradients], factor)
     return norm

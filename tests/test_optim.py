@@ -114,14 +114,68 @@ def test_adamw_takes_gradients_of_any_memory_layout():
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("piece", [1, 64, 10_000])
-def test_adamw_does_not_depend_on_the_pieces(piece, monkeypatch):
-    whole, cut = small_net(), small_net()
-    train(whole, AdamW(whole.parameters(), weight_decay=0.1), 3)
+@pytest.fixture
+def always_compiled(monkeypatch):
+    """Small parameters take the compiled loop too."""
+    monkeypatch.setattr(optim, "LARGE", 1)
+
+
+def some_parameters():
+    """Parameters with gradients, one of them in another memory layout."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in [(300, 70), (4099,), (5,), ()]]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    parameters[0].grad = parameters[0].grad.T.contiguous().T
+    return parameters
+
+
+def three_steps(parameters):
+    optimizer = AdamW(parameters, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(3):
+        for parameter in parameters:
+            parameter.grad.mul_(-0.9 * step - 0.1)
+        optimizer.step()
+    return [tensor for p in parameters for tensor in (p.detach(), optimizer.state[p]["m"], optimizer.state[p]["v"])]
+
+
+def test_the_compiled_loop_is_the_formula(always_compiled, monkeypatch):
+    compiled = three_steps(some_parameters())
+    monkeypatch.setattr(optim, "LARGE", 10**9)
+    torch.testing.assert_close(compiled, three_steps(some_parameters()), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("piece", [1, 999, 2**20])
+def test_the_compiled_loop_does_not_depend_on_pieces_and_threads(piece, always_compiled, monkeypatch):
+    expected = three_steps(some_parameters())
     monkeypatch.setattr(optim, "PIECE", piece)
-    train(cut, AdamW(cut.parameters(), weight_decay=0.1), 3)
-    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # vector and scalar code may round differently
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for a, b in zip(expected, three_steps(some_parameters()), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_compiled_loop_takes_what_it_can(always_compiled, monkeypatch):
+    taken = []
+    monkeypatch.setattr(optim, "compiled_adamw_update", lambda rows, *_: taken.extend(row.theta.shape for row in rows))
+    others = [nn.Parameter(torch.ones(8, 9, dtype=torch.float64)), nn.Parameter(torch.ones(8, 9).T)]
+    for parameter in others:
+        parameter.grad = torch.ones_like(parameter)
+    AdamW([*some_parameters(), *others], lr=0.1).step()
+    assert taken == [(300, 70), (4099,), (5,), ()]
+    assert all(not parameter.eq(1).any() for parameter in others)
+
+
+def test_a_small_model_does_without_the_compiled_loop(monkeypatch):
+    monkeypatch.delattr(optim, "compiled_adamw_update")
+    three_steps(some_parameters())
+
+
+def test_a_backward_pass_after_the_step_is_refused(always_compiled):
+    (parameter, *_) = some_parameters()
+    loss = parameter.square().sum()
+    AdamW([parameter]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_adamw_counts_the_steps_of_each_parameter():
