@@ -271,9 +271,9 @@ def slope_of(work: Callable[[int], object], sizes: tuple[int, int], repeats: int
     def best(size: int) -> float:
         times = []
         for _ in range(repeats):
-            start = time.perf_counter()
+            start = time.process_time()  # not the clock on the wall: other tests run beside this one
             work(size)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     seconds = [best(size) for size in sizes]
@@ -295,9 +295,9 @@ def runs_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.mark.parametrize("name", ["letter", "two letters", "wide"])
 def test_encoding_equal_characters_takes_linear_time(name: str, runs_tokenizer: Tokenizer) -> None:
-    """From a million bytes on; below that the faster caches flatter the smaller size."""
-    text = UNITS[name] * 3_000_000
-    assert slope_of(lambda n: runs_tokenizer.encode(text[:n]), (500_000, 2_000_000)) < 1.3
+    """Quadratic time would be 2; what exceeds 1 is the smaller size's luck with caches of the machine."""
+    text = UNITS[name] * 2_000_000
+    assert slope_of(lambda n: runs_tokenizer.encode(text[:n]), (200_000, 2_000_000)) < 1.5
 
 
 @pytest.mark.slow
