@@ -437,7 +437,7 @@ def check_folder(folder: PathLike, num_bytes: int = 0) -> None:
         OSError: not so, and why.
     """
     folder = Path(folder)
-    probe = folder / ".probe"
+    probe = folder / f".probe-{os.getpid()}"
     try:
         with atomic_write(probe) as file:
             file.write(b"probe")

@@ -37,7 +37,8 @@ def explain(message: str, keys: list[str]) -> str:
 
     >>> explain("unrecognized arguments: --model.optimzer.lr 3", ["model.optimizer.lr", "data.seed"])
     '--model.optimzer.lr is no option: did you mean --model.optimizer.lr?'
-    >>> explain("Parser key \"norm\":\\n Expected a typing.Literal['pre', 'post']. Got value: pres", [])
+    >>> message = ["Parser key", '"norm":', "Expected a typing.Literal['pre', 'post'].", "Got value: pres"]
+    >>> explain(" ".join(message), [])
     "norm: 'pres' must be one of pre, post: did you mean pre?"
     """
     unknown = re.search(r"unrecognized arguments: .*?(--[^\s=]+)", message)

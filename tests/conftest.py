@@ -1,12 +1,18 @@
 """What every test shares: where the reference data lies, and quiet libraries."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls names that jsonargparse 5 drops
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two pytest workers share two cores
 
 import pytest
+
+# A job in the background or under nohup ignores these, and so would every process that a test starts and interrupts.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 SHARED = Path(os.environ.get("LM_SHARED", Path(__file__).parents[2] / "shared"))
 
