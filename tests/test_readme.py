@@ -1,0 +1,77 @@
+"""The README's commands, run as they stand there, in order, in one empty folder; long runs are cut to a few steps."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lm.grammar import write_corpus
+
+ROOT = Path(__file__).parents[1]
+
+# Appended to every `python -m lm fit`: the same run, but short.
+SHORT = (
+    "--trainer.max_steps 4 --run.validate_every_n_steps 2 --run.sample_tokens 8 --model.schedule.warmup_steps 1 "
+    "--data.batch_size 2 --data.val_batch_size 64 --data.context_length 64 --model.transformer.num_layers 1 "
+    "--model.transformer.d_model 32 --model.transformer.num_heads 2 --model.transformer.d_ff 64"
+)
+
+RUN_BY_CI = ("pip install", "pytest")  # .ci/run
+NEEDS_NETWORK = ("tinystories", "owt")
+
+
+def readme_commands() -> list[str]:
+    """Every command in a `sh` block."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in (line.split(" #")[0].strip() for line in lines) if line]
+
+
+def test_the_readme_says_what_ci_runs() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert [line for line in readme_commands() if line.startswith("pytest")] == re.findall(r"^pytest.*$", script, re.M)
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target.removeprefix("#") in headings if target.startswith("#") else (ROOT / target).exists(), target
+
+
+def test_every_file_that_the_readme_names_exists() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:lm|tokenizer|tests|configs|logs)/[\w/.]+\.(?:py|yaml|md))`", text))
+    assert len(named) > 15
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def as_run_here(command: str) -> list[str]:
+    """The command's words with this interpreter, short, and without a network."""
+    words = shlex.split(command)
+    words[0] = sys.executable if words[0] == "python" else str(Path(sys.executable).parent / words[0])
+    if words[0].endswith("tensorboard"):
+        return [*words, "--inspect"]  # reads what the page would show, and ends
+    if any(name in command for name in NEEDS_NETWORK):
+        return [*words, "--print_config" if "fit" in words else "--help"]
+    return words + (shlex.split(SHORT) if "fit" in words and "--print_config" not in words else [])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_command_runs(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for seed, name in enumerate(("my.txt", "other.txt")):
+        write_corpus(tmp_path / name, 300_000, seed)
+    for command in readme_commands():
+        if not command.startswith(RUN_BY_CI):
+            done = subprocess.run(
+                as_run_here(command), cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL
+            )
+            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
