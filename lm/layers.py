@@ -251,9 +251,10 @@ class MultiHeadSelfAttention(Module):
             token_positions: for RoPE; by default 0, 1, 2, ... after what the cache holds.
             cache: the positions before `x`, to which those of `x` are added.
         """
-        weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
-        qkv = (x @ weight.T).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.movedim((-3, -2), (0, -3))  # each (*batch, heads, seq, d_k)
+        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        # for a single position, joining the weights would cost more than the product does
+        qkv = torch.cat([x @ w.T for w in weights], -1) if x.shape[-2] == 1 else x @ torch.cat(weights).T
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).movedim((-3, -2), (0, -3))  # (*batch, heads, seq, d_k)
         if self.rope is not None:
             if token_positions is None:
                 start = 0 if cache is None else cache.length
