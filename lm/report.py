@@ -21,6 +21,9 @@ from tokenizer.files import atomic_write
 SEED = "seed_everything"
 BOOKKEEPING = (
     "data.seed",
+    "data.directory",
+    "data.data_dir",
+    "data.valid_text",
     "trainer.logger",
     "trainer.default_root_dir",
     "trainer.callbacks",
