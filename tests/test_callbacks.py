@@ -60,6 +60,7 @@ def test_rows_stand_at_true_steps_in_the_log_and_in_tensorboard(fit: Fit) -> Non
     assert steps(board, "train/loss") == steps(board, "lr") == steps(board, "grad_norm") == [2, 4, 6, 8]
     assert steps(board, "val/loss") == steps(board, "val/bits_per_byte") == [4, 8]
     assert steps(board, "tokens_per_second") == [2, 4, 6, 8]
+    assert steps(board, "mfu") == [2, 4, 6, 8]  # on a device without a data sheet too
     assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(
         [row["train/loss"] for row in lines if "train/loss" in row]
     )

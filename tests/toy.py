@@ -65,7 +65,7 @@ def make_dataset(folder: Path, words: int = 1000) -> Path:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what depends on the clock."""
-    clock = ("wall_seconds", "tokens_per_second")
+    clock = ("wall_seconds", "tokens_per_second", "mfu")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in clock} for line in lines]
 
