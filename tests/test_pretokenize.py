@@ -272,7 +272,7 @@ pretokenize.count_pretokens({str(path)!r}, [], num_threads=2, chunk_bytes=2000)
     start = time.monotonic()
     os.kill(child.pid, signal.SIGINT)
     _, errors = child.communicate(timeout=30)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15  # the rest of the work would take minutes
     assert b"KeyboardInterrupt" in errors
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from timing import ALMOST_LINEAR, slope_of
 
 from tokenizer import bench, rivals, synthetic
 
@@ -140,3 +141,10 @@ def test_a_kept_text_is_used_again(text: Path, tmp_path: Path) -> None:
     path.write_text("mine")
     assert bench.prepare_text("tinystories-scale", options, tmp_path / "scratch").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(("power", "linear"), [(1.0, True), (2.0, False)])
+def test_the_slope_of_time_tells_linear_from_steeper(power: float, linear: bool) -> None:
+    """What the other tests of time rest on: it neither takes steep growth for linear nor the other way round."""
+    slope = slope_of(lambda n: sum(range(int(3e6 * (n / 1000) ** power))), 100, 1000)
+    assert (slope < ALMOST_LINEAR) == linear

@@ -4,7 +4,6 @@ import itertools
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +52,7 @@ class TestHelp:
             "try: main(['--help'])\n"
             "except SystemExit: assert not {'numba', 'torch', 'rich', 'numpy', 'regex'} & set(sys.modules)"
         )
-        start = time.monotonic()
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        assert time.monotonic() - start < 5  # under a second on an idle machine
 
     def test_bad_usage_is_exit_code_2(self) -> None:
         for arguments in ((), ("fly",), ("encode",), ("train", "x", "--vocab_size", "many", "--output", "y")):
