@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -62,8 +63,12 @@ def main(argv: list[str]) -> int:
         return 0
     command = argv[0]
     if command in TRAINING:
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is to be saved: end here and now, without a traceback
         from lm import cli
 
+        signal.signal(signal.SIGINT, before)
         return cli.main(argv, STARTED)
     if command not in TOOLS:
         from difflib import get_close_matches

@@ -229,6 +229,7 @@ class RunControl(Checkpoint):
                 self.save(trainer)
                 self._synchronise(trainer, pl_module, trainer.global_step)
             trainer.should_stop = self._time_is_up(trainer.global_step)
+        self._follow_the_clock(pl_module, trainer.global_step)
 
     def _take_signals(self) -> None:
         self.signals.install()
@@ -248,8 +249,7 @@ class RunControl(Checkpoint):
         if saving or self._after_pause or step % self._sync_every(trainer) == 0:
             self._synchronise(trainer, pl_module, step)
             ending = ending or self._time_is_up(step)
-        if self.config.max_minutes is not None:
-            pl_module.clock_progress = min(1.0, self.clock.at(step) / self._training_seconds)
+        self._follow_the_clock(pl_module, step)
         self.validation_pending = validating or (ending and trainer.enable_validation)
         if saving or ending or self._agreed_signal:
             self.save(trainer)
@@ -290,6 +290,13 @@ class RunControl(Checkpoint):
     def _training_seconds(self) -> float:
         assert self.config.max_minutes is not None
         return max(1e-3, 60 * self.config.max_minutes - self.reserve_seconds)
+
+    def _follow_the_clock(self, module: Any, step: int) -> None:
+        """Set the rate of the update after `step`: where the clock will be at its end, the very end for the last one."""
+        if self.config.max_minutes is not None:
+            last = self._time_is_up(step + 1)
+            module.clock_progress = 1.0 if last else self.clock.at(step + 1) / self._training_seconds
+            module.lr_schedulers().apply()  # Lightning has set it already, by what was known an update ago
 
     def _time_is_up(self, step: int) -> bool:
         if self.config.max_minutes is None:

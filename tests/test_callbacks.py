@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import SETTINGS, make_dataset, rows
 
-from lm import cli
+from lm import callbacks, cli
 from lm.callbacks import MetricsLog, Progress
 from lm.control import RunConfig, RunControl
 
@@ -84,12 +85,24 @@ def test_a_torn_or_surplus_line_is_cut_off_when_the_run_goes_on(fit: Fit) -> Non
 
 
 def test_speed_leaves_out_validation_and_saving(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RunControl, "on_validation_start", lambda *_: time.sleep(0.5))
-    monkeypatch.setattr(RunControl, "_began", 0.0, raising=False)
+    clock = SimpleNamespace(now=0.0)
+
+    def tick() -> float:
+        clock.now += 0.001
+        return clock.now
+
+    def takes_hours(*_: Any) -> None:
+        clock.now += 10_000
+
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=tick, perf_counter=time.perf_counter))
+    monkeypatch.setattr(RunControl, "on_validation_start", takes_hours)
+    monkeypatch.setattr(RunControl, "on_save_checkpoint", takes_hours)
     assert fit("--trainer.max_steps=12", "--run.validate_every_n_steps=4") == 0
     lines = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     seconds = [64 / row["tokens_per_second"] for row in lines if "tokens_per_second" in row]
-    assert max(seconds[1:]) < 0.4
+    assert len(seconds) == 12
+    assert max(seconds) < 0.1
+    assert clock.now > 30_000
 
 
 # ------------------------------------------------------------------------------------------------------------ screen
@@ -117,7 +130,7 @@ def test_time_left_is_that_of_the_clock_when_it_ends_first() -> None:
     control = RunControl(RunConfig(max_minutes=1.0))
     metrics = MetricsLog(control)
     metrics.last, metrics.tokens_seen = {"tokens_per_second": 1.0}, 1000
-    assert Progress(control, metrics).seconds_left(10, 100) == pytest.approx(60, abs=5)
+    assert Progress(control, metrics).seconds_left(10, 100) == pytest.approx(60, abs=20)  # by the steps 90
 
 
 def test_a_terminal_gets_a_moving_line(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -393,8 +393,8 @@ def test_a_second_run_in_the_same_directory_is_refused_until_the_first_is_gone(t
     with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {os.getpid()} on "):
         lock_run(tmp_path)
     first.close()
-    pid = forked(lambda: (lock_run(tmp_path), print("locked"), time.sleep(60)))
-    for _ in range(100):
+    pid = forked(lambda: (lock_run(tmp_path), time.sleep(600)))
+    for _ in range(1000):
         if str(pid) in (tmp_path / "lock").read_text():
             break
         time.sleep(0.05)

@@ -236,6 +236,7 @@ def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch, name: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_are_one_with_twice_the_batch(fit: Run, dataset: Path, strategy: str, tmp_path: Path) -> None:
     from toy import rows
@@ -249,7 +250,6 @@ def test_two_processes_are_one_with_twice_the_batch(fit: Run, dataset: Path, str
         capture_output=True,
         text=True,
         check=False,
-        timeout=110,
     )
     assert done.returncode == 0, done.stderr
     one, two = rows(Path("logs/one/version_0")), rows(Path("logs/two/version_0"))

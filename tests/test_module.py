@@ -178,6 +178,7 @@ def test_activation_checkpointing_changes_nothing(fit: Fit) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_compiled_or_not_the_run_is_the_same_and_checkpoints_go_both_ways(dataset: Path, tmp_path: Path) -> None:
     """In a process of its own: the compiler cannot look through the shape checks of the test run."""
     on = "--model.compile=true"
@@ -193,7 +194,7 @@ def test_compiled_or_not_the_run_is_the_same_and_checkpoints_go_both_ways(datase
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "JSONARGPARSE_DEPRECATION_WARNINGS": "off",
     }
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, timeout=110)
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
     a, b = (rows(tmp_path / f"logs/{name}/version_0") for name in "ab")
     assert [row["step"] for row in a if "lr" in row] == list(range(1, 11))
     for one, other in zip(a, b, strict=True):

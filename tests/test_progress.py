@@ -19,13 +19,13 @@ def test_lines_with_rate_and_time_left(capsys, monkeypatch) -> None:
         show(4_000_000)
     lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"counting: 25%, 1 MB, \d+ MB/s, \d+ s left", lines[0])
-    assert re.fullmatch(r"counting: 4 MB, \d+ MB/s, 0 s", lines[-1])
+    assert re.fullmatch(r"counting: 4 MB, \d+ MB/s, \d+ s", lines[-1])
 
 
 def test_lines_without_a_known_total(capsys) -> None:
     with progress_bar("merging", None, "merges", True) as show:
         show(7)
-    assert capsys.readouterr().err == "merging: 7 merges, 0 s\n"
+    assert re.fullmatch(r"merging: 7 merges, \d+ s\n", capsys.readouterr().err)
 
 
 def test_a_bar_on_a_terminal(capsys, monkeypatch) -> None:

@@ -64,7 +64,7 @@ def as_run_here(command: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_every_command_runs(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for seed, name in enumerate(("my.txt", "other.txt")):

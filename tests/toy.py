@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,18 +71,3 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def command(*arguments: str) -> list[str]:
     """What a user types."""
     return [sys.executable, "-m", "lm", *arguments]
-
-
-def start(*arguments: str, cwd: Path, **options: Any) -> "subprocess.Popen[str]":
-    """A process of its own, in a process group of its own."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.Popen(
-        command(*arguments),
-        cwd=cwd,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        **options,
-    )
