@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     if command in TRAINING:
         before = signal.getsignal(signal.SIGINT)
         if before is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is to be saved: end here and now, without a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save yet: end at once, without a traceback
         from lm import cli
 
         signal.signal(signal.SIGINT, before)

@@ -292,7 +292,7 @@ class RunControl(Checkpoint):
         return max(1e-3, 60 * self.config.max_minutes - self.reserve_seconds)
 
     def _follow_the_clock(self, module: Any, step: int) -> None:
-        """Set the rate of the update after `step`: where the clock will be at its end, the very end for the last one."""
+        """Set the rate of the update after `step`: that of the time at its end, of the run's end if it is the last."""
         if self.config.max_minutes is not None:
             last = self._time_is_up(step + 1)
             module.clock_progress = 1.0 if last else self.clock.at(step + 1) / self._training_seconds
