@@ -11,6 +11,7 @@ A sweep file (`configs/sweeps/*.yaml`) names the base configs, what varies, the 
       - {name: wide, scales: {cpu: {model.transformer.d_model: 256}, gpu: {model.transformer.d_model: 1024}}}
     seeds: [0, 1, 2]
     scales: {cpu: {trainer.max_steps: 300}, gpu: {configs: [../tinystories.yaml]}}
+    text: stories                            # with --texts DIR: DIR/stories-train.txt and DIR/stories-valid.txt
 
 or, to run several studies one after another, only `include: [learning_rate.yaml, batch_size.yaml]`.
 """
@@ -33,7 +34,8 @@ import yaml
 
 from tokenizer.files import atomic_write
 
-KEYS = {"study", "configs", "grid", "runs", "seeds", "scales", "include"}
+KEYS = {"study", "configs", "grid", "runs", "seeds", "scales", "text", "include"}
+TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz")
 DONE = ("finished", "diverged")  # a divergence is a result
 DIVERGED_EXIT_CODE = 3
 
@@ -63,12 +65,29 @@ class PlannedRun:
         return json.loads(summary.read_text()).get("status") if summary and summary.is_file() else None
 
 
-def plan(path: Path, scale: str | None = None) -> list[PlannedRun]:
+def own_texts(folder: Path, name: str) -> dict[str, str]:
+    """The settings that train on `folder`/`name`-train.txt and validate on `folder`/`name`-valid.txt (or .gz, .xz).
+
+    Raises:
+        FileNotFoundError: one of them is not there.
+    """
+    settings = {}
+    for split in ("train", "valid"):
+        candidates = [folder / f"{name}-{split}{ending}" for ending in TEXT_ENDINGS]
+        found = [path for path in candidates if path.is_file()]
+        if not found:
+            raise FileNotFoundError(f"--texts {folder}: {candidates[0].name} is not there, nor compressed (.gz, .xz)")
+        settings[f"data.{split}_text"] = str(found[0])
+    return settings
+
+
+def plan(path: Path, scale: str | None = None, texts: Path | None = None) -> list[PlannedRun]:
     """The runs a sweep file stands for, in order.
 
     Args:
         path: the sweep file.
         scale: one of the file's `scales`; None takes none of them.
+        texts: a folder of texts, used instead of the scale's corpus by a file that has `text`.
 
     Raises:
         ValueError: an unknown key or scale, or a sweep without a study; names the file.
@@ -78,7 +97,7 @@ def plan(path: Path, scale: str | None = None) -> list[PlannedRun]:
     if unknown := set(sweep) - KEYS:
         raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}; a sweep has {', '.join(sorted(KEYS))}")
     if "include" in sweep:
-        return [run for name in sweep["include"] for run in plan(path.parent / name, scale)]
+        return [run for name in sweep["include"] for run in plan(path.parent / name, scale, texts)]
     if "study" not in sweep:
         raise ValueError(f"{path}: `study` is missing: the folder below logs/ that takes the runs")
     scales = sweep.get("scales", {})
@@ -86,6 +105,8 @@ def plan(path: Path, scale: str | None = None) -> list[PlannedRun]:
         raise ValueError(f"{path}: no scale {scale!r}; it has {', '.join(scales) or 'none'}")
     size = dict(scales.get(scale, {})) if scale else {}
     bases = sweep.get("configs", []) + size.pop("configs", [])
+    if texts is not None and "text" in sweep:
+        size |= own_texts(texts, sweep["text"])
     varied = [[(name, value) for value in values] for name, values in sweep.get("grid", {}).items()]
     runs = []
     for variant, point, seed in itertools.product(
@@ -110,15 +131,22 @@ def plan(path: Path, scale: str | None = None) -> list[PlannedRun]:
     return runs
 
 
-def execute(run: PlannedRun, logs: str, device: str | None) -> dict[str, Any]:
+def execute(run: PlannedRun, logs: str, device: str | None, threads: int | None = None) -> dict[str, Any]:
     """Run one process to its end; its output goes to `output.txt` in the run's folder.
+
+    Args:
+        run: what to run.
+        logs: where the studies are.
+        device: the only CUDA device that the process sees; None leaves it all there are.
+        threads: of the process on the CPU, unless OMP_NUM_THREADS says so already.
 
     Returns:
         The run's record: status, exit_code, seconds, command.
     """
     folder = Path(logs, run.study, run.name)
     folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+    environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
+    environment |= {"CUDA_VISIBLE_DEVICES": device} if device else {}
     started = time.monotonic()
     with open(folder / "output.txt", "ab") as output:
         code = subprocess.run(
@@ -144,19 +172,27 @@ def unfinished(runs: list[PlannedRun], logs: str) -> Iterator[PlannedRun]:
 
 
 def sweep(
-    file: str, scale: str | None = None, dry_run: bool = False, devices: str = "", jobs: int = 1, logs: str = "logs"
+    file: str,
+    scale: str | None = None,
+    texts: Path | None = None,
+    dry_run: bool = False,
+    devices: str = "",
+    jobs: int = 1,
+    logs: str = "logs",
 ) -> None:
     """Run every run of a sweep file that has no result yet; a failed run is recorded and does not stop the others.
 
     Args:
         file: the sweep, for example configs/sweeps/learning_rate.yaml.
         scale: which of the file's sizes, for example cpu or gpu.
+        texts: a folder of texts of your own, stories-train.txt, stories-valid.txt, web-train.txt and web-valid.txt, to
+            use instead of the scale's corpora.
         dry_run: print the commands, one a line, and run nothing (for a job array).
         devices: CUDA devices to spread the runs over, "0,1,2,3"; each takes one run at a time.
-        jobs: runs at the same time where no devices are named.
+        jobs: runs at the same time where no devices are named; they share the CPU's cores evenly.
         logs: where the studies go.
     """
-    runs = plan(Path(file), scale)
+    runs = plan(Path(file), scale, texts)
     if dry_run:
         for run in runs:
             print("python", shlex.join(run.arguments(logs)))
@@ -166,12 +202,13 @@ def sweep(
     slots: SimpleQueue[str | None] = SimpleQueue()
     for device in [name.strip() for name in devices.split(",")] if devices else [None] * jobs:
         slots.put(device)
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
     failed = []
 
     def work(run: PlannedRun) -> tuple[PlannedRun, dict[str, Any]]:
         device = slots.get()
         try:
-            return run, execute(run, logs, device)
+            return run, execute(run, logs, device, threads)
         finally:
             slots.put(device)
 

@@ -143,3 +143,18 @@ def test_the_device_reaches_the_process(tmp_path: Path, monkeypatch: pytest.Monk
     assert seen[0]["CUDA_VISIBLE_DEVICES"] == "2"
     assert os.environ.get("CUDA_VISIBLE_DEVICES") != "2"
     assert sys.executable
+
+
+def test_texts_of_ones_own_replace_the_corpus(grid: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    content = yaml.safe_load(grid.read_text())
+    assert plan(grid, "cpu", texts) == plan(grid, "cpu"), "a file without `text` keeps its corpus"
+    write(grid, content | {"text": "stories"})
+    with pytest.raises(FileNotFoundError, match=r"stories-train\.txt is not there"):
+        plan(grid, "cpu", texts)
+    (texts / "stories-train.txt.xz").touch()
+    (texts / "stories-valid.txt").touch()
+    settings = dict(plan(grid, "cpu", texts)[0].settings)
+    assert settings["data.train_text"] == str(texts / "stories-train.txt.xz")
+    assert settings["data.valid_text"] == str(texts / "stories-valid.txt")
