@@ -7,6 +7,7 @@ from the run files, so a page can be made anew at any time and never holds a fig
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,7 @@ class Group:
 
     label: str
     runs: list[Run]
+    settings: str = ""  # those that differ from the other groups'
 
     @property
     def losses(self) -> list[float]:
@@ -139,13 +141,21 @@ class Group:
 
 
 def group_by_settings(runs: Sequence[Run]) -> list[Group]:
-    """Runs with equal settings but for the seed, in groups, best mean final loss first."""
+    """Runs with equal settings but for the seed, in groups, best mean final loss first.
+
+    A group is called by its runs' name without the seed, as a sweep gives it, or else by the settings that differ.
+    """
     varied = varied_settings(runs)
     groups: dict[str, list[Run]] = {}
     for run in runs:
         parts = [f"{name.removeprefix('model.').removeprefix('trainer.')}={run.settings.get(name)}" for name in varied]
         groups.setdefault(", ".join(parts) or runs[0].name, []).append(run)
-    return sorted((Group(label, members) for label, members in groups.items()), key=lambda group: group.mean_loss)
+    named = []
+    for settings, members in groups.items():
+        stems = {re.sub(r"-seed_\d+$", "", run.name) for run in members}
+        label = stems.pop() if len(stems) == 1 and all("-seed_" in run.name for run in members) else settings
+        named.append(Group(label, members, settings if label != settings else ""))
+    return sorted(named, key=lambda group: (group.mean_loss, group.label))
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -170,6 +180,7 @@ def number(value: Any, digits: int = 4) -> str:
 def group_table(groups: Sequence[Group]) -> str:
     """One line per group: n, final validation loss as mean ± deviation, best, perplexity, bits per byte, wall-clock."""
     lines = []
+    named = any(group.settings for group in groups)
     for group in groups:
         losses = group.losses
         spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
@@ -180,6 +191,7 @@ def group_table(groups: Sequence[Group]) -> str:
         lines.append(
             [
                 f"`{group.label}`",
+                *([f"`{group.settings}`"] if named else []),
                 str(len(group.runs)),
                 f"{group.mean_loss:.4f}{spread}" if losses else "–",
                 number(min(losses, default=None)),
@@ -189,10 +201,9 @@ def group_table(groups: Sequence[Group]) -> str:
                 ", ".join(statuses),
             ]
         )
-    return markdown_table(
-        ["setting", "n", "final val/loss (nats/token)", "best", "perplexity", "bits per byte", "wall s", "status"],
-        lines,
-    )
+    what = ["runs", "what differs"] if named else ["setting"]
+    figures = ["final val/loss (nats/token)", "best", "perplexity", "bits per byte", "wall s", "status"]
+    return markdown_table([*what, "n", *figures], lines)
 
 
 def run_table(runs: Sequence[Run]) -> str:
@@ -230,33 +241,103 @@ def plot_curves(groups: Sequence[Group], against: str, target: Path) -> list[Pat
     Raises:
         ModuleNotFoundError: matplotlib is not installed (`pip install -e '.[plots]'`).
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "lm"  # the same runs give the same bytes
+    pyplot = quiet_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for index, group in enumerate(groups):
-        colour = f"C{index % 10}"
+        colour = f"C{index}" if index < 10 else "lightgrey"
         for position, run in enumerate(group.runs):
             name = group.label[:70] if position == 0 and index < 10 else None
-            axes.plot(*run.curve("train/loss", against), color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(*run.curve("val/loss", against), color=colour, linewidth=1.6, marker=".", label=name)
+            axes.plot(*run.curve("train/loss", against), color=colour, alpha=0.25, linewidth=0.8, zorder=1)
+            axes.plot(*run.curve("val/loss", against), color=colour, linewidth=1.4, marker=".", label=name, zorder=2)
     axes.set_xlabel({"step": "step", "wall_seconds": "wall-clock (s)"}[against])
     axes.set_ylabel("loss (nats per token): validation solid, training faint")
     finals = [loss for group in groups for loss in group.losses]
     starts = [run.curve("val/loss")[1][0] for group in groups for run in group.runs if run.curve("val/loss")[1]]
     if finals and starts:
-        low, high = min(finals), max(max(finals), sorted(starts)[len(starts) // 2])
+        low, high = min(finals), max(statistics.median(finals), statistics.median(starts))
         axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.1 * (high - low + 0.1))
     axes.grid(alpha=0.3)
-    if any(group.label for group in groups):
+    axes.legend(fontsize="small")
+    return save(figure, target)
+
+
+def plot_final_loss(groups: Sequence[Group], setting: str, target: Path) -> list[Path]:
+    """Final validation loss against a numeric setting, on a log axis, one line for each way to set the others.
+
+    A point is the mean over seeds, its bar the range; a cross at the upper edge is a setting that always diverged.
+
+    Args:
+        groups: what to draw.
+        setting: a dotted name, for example `model.optimizer.lr`.
+        target: the pictures' path without an ending.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (`pip install -e '.[plots]'`).
+    """
+    pyplot = quiet_pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    short = setting.split(".")[-1]
+    lines: dict[str, list[Group]] = {}
+    for group in groups:
+        lines.setdefault(re.sub(rf"-?\b{short}_[^-]*(-\d+)?", "", group.label), []).append(group)
+    losses = [loss for group in groups for loss in group.losses]
+    top = min(max(losses, default=1.0), 2.5 * min(losses, default=1.0))
+    for index, label in enumerate(sorted(lines, key=in_numeric_order)):
+        members = sorted(lines[label], key=lambda group: group.runs[0].settings[setting])
+        finite = [group for group in members if group.losses]
+        x = [group.runs[0].settings[setting] for group in finite]
+        means = [group.mean_loss for group in finite]
+        below = [group.mean_loss - min(group.losses) for group in finite]
+        above = [max(group.losses) - group.mean_loss for group in finite]
+        axes.errorbar(x, means, (below, above), color=f"C{index % 10}", marker=".", capsize=3, label=label or None)
+        failed = [group.runs[0].settings[setting] for group in members if not group.losses]
+        axes.plot(failed, [top] * len(failed), "x", color=f"C{index % 10}", markersize=9, clip_on=False)
+    axes.set_xscale("log")
+    axes.set_ylim(top=top)
+    axes.set_xlabel(setting)
+    axes.set_ylabel("final validation loss (nats per token); x: diverged")
+    axes.grid(alpha=0.3)
+    if any(lines):
         axes.legend(fontsize="small")
+    return save(figure, target)
+
+
+def in_numeric_order(label: str) -> list[tuple[int, float | str]]:
+    """A key that sorts batch_2 before batch_16.
+
+    >>> sorted(["batch_16", "batch_2"], key=in_numeric_order)
+    ['batch_2', 'batch_16']
+    """
+    return [(0, float(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", label)]
+
+
+def numeric_setting(groups: Sequence[Group]) -> str | None:
+    """The first setting with at least three different numbers over the groups, the learning rate before others."""
+    varied = varied_settings([run for group in groups for run in group.runs])
+    for name in sorted(varied, key=lambda name: name != "model.optimizer.lr"):
+        values = {group.runs[0].settings.get(name) for group in groups}
+        if len(values) > 2 and all(isinstance(value, int | float) and value > 0 for value in values):
+            return name
+    return None
+
+
+def quiet_pyplot() -> Any:
+    """Matplotlib without a screen; the same runs give the same bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "lm"
+    return pyplot
+
+
+def save(figure: Any, target: Path) -> list[Path]:
+    """Write `figure` as PNG and SVG beside each other."""
     pictures = [target.with_suffix(".png"), target.with_suffix(".svg")]
     for picture in pictures:
         figure.savefig(picture, dpi=110, metadata={"Date": None} if picture.suffix == ".svg" else None)
-    pyplot.close(figure)
+    quiet_pyplot().close(figure)
     return pictures
 
 
@@ -282,6 +363,10 @@ def report(study: str, logs: str = "logs") -> None:
             name = f"loss_by_{title.replace('-', '_')}"
             plot_curves(groups, against, folder / name)
             lines.append(f"![loss against {title}]({name}.png)")
+        setting = numeric_setting(groups)
+        if setting:
+            plot_final_loss(groups, setting, folder / "final_loss")
+            lines.insert(1, f"![final loss against {setting}](final_loss.png)")
     except ModuleNotFoundError:
         lines.append("(curves: `pip install -e '.[plots]'` and make this page anew)")
     lines.append(f"## Settings compared\n\n{group_table(groups)}")

@@ -3,11 +3,14 @@
 import doctest
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from lm.report import find_runs, report
 
 ROOT = Path(__file__).parents[1]
 RECORDS = [ROOT / "logs" / name / "REPORT.md" for name in ("accounting", "learning_rate_tuning")]
@@ -37,6 +40,35 @@ def test_the_examples_of_a_record_give_its_figures(path: Path) -> None:
     assert not failures
 
 
+STUDIES = [folder for folder in sorted((ROOT / "logs").iterdir()) if folder.is_dir() and find_runs(folder)]
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_a_report_is_what_its_run_files_give(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    for plot in ("plot_curves", "plot_final_loss"):
+        monkeypatch.setattr(f"lm.report.{plot}", lambda *_: [])
+    shutil.copytree(study, tmp_path / study.name)
+    (tmp_path / study.name / "REPORT.md").unlink()
+    report(study.name, logs=str(tmp_path))
+    assert (tmp_path / study.name / "REPORT.md").read_bytes() == (study / "REPORT.md").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_pictures_are_what_the_run_files_give(study: Path, tmp_path: Path) -> None:
+    """Byte for byte, by the same version of the library that drew them."""
+    version = pytest.importorskip("matplotlib").__version__
+    shutil.copytree(study, tmp_path / study.name)
+    report(study.name, logs=str(tmp_path))
+    pictures = sorted(study.glob("*.svg"))
+    assert pictures
+    for picture in pictures:
+        if f"Matplotlib v{version}" not in picture.read_text():
+            pytest.skip(f"{picture.name} was drawn by another version than {version}")
+        assert (tmp_path / study.name / picture.name).read_bytes() == picture.read_bytes()
+
+
 def test_every_problem_of_the_assignment_is_answered_in_order() -> None:
     text = (ROOT / "logs" / "WRITEUP.md").read_text()
     problems = re.findall(r"^### (\w+)$", text, re.MULTILINE)
@@ -44,12 +76,15 @@ def test_every_problem_of_the_assignment_is_answered_in_order() -> None:
     assert (problems[0], problems[-1]) == ("unicode1", "leaderboard")
 
 
-def test_what_the_write_up_names_exists() -> None:
-    text = (ROOT / "logs" / "WRITEUP.md").read_text()
-    links = re.findall(r"\]\(([^)#:]+)\)", text)
-    assert links
-    for link in links:
-        assert (ROOT / "logs" / link).exists(), link
+PAGES = [ROOT / "README.md", *sorted((ROOT / "logs").glob("*.md")), *sorted((ROOT / "logs").glob("*/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_page_names_exists(page: Path) -> None:
+    """Its links, the project's files, and the configs, which tests/test_configs.py puts through the command line."""
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
     files = re.findall(r"`((?:lm|tokenizer|tests|configs)/[\w/.]+)`", text)
     files += re.findall(r"--config (configs/[\w/.]+)|sweep (configs/[\w/.]+)", text)
     for names in files:

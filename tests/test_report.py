@@ -43,7 +43,7 @@ def test_only_what_differs_is_compared(study: Path) -> None:
 
 def test_groups_are_seeds_of_one_setting_best_first(study: Path) -> None:
     groups = group_by_settings(find_runs(study))
-    assert [group.label for group in groups] == ["optimizer.lr=0.01", "optimizer.lr=0.001", "optimizer.lr=1.0"]
+    assert [group.label for group in groups] == ["lr_0.01", "lr_0.001", "lr_1"]
     assert groups[0].losses == [2.0, 2.2, 2.4]
     assert groups[-1].mean_loss == math.inf
 
@@ -53,7 +53,9 @@ def test_report_says_mean_and_standard_deviation(study: Path) -> None:
     report("learning_rate", logs=str(study.parent))
     page = (study / "REPORT.md").read_text()
     assert page.startswith("# Which learning rate?\n\nThe largest that is stable.\n")
-    assert f"| `optimizer.lr=0.01` | 3 | 2.2000 ± {statistics.stdev([2.0, 2.2, 2.4]):.4f} | 2.0000 |" in page
+    assert (
+        f"| `lr_0.01` | `optimizer.lr=0.01` | 3 | 2.2000 ± {statistics.stdev([2.0, 2.2, 2.4]):.4f} | 2.0000 |" in page
+    )
     assert "| `lr_1-seed_0` | 0 | 20 |" in page
     assert "diverged" in page
     assert f"| {statistics.fmean([2.0, 2.2, 2.4]) / 4:.4f} |" in page, "bits per byte"
@@ -66,6 +68,20 @@ def test_curves_are_drawn_the_same_twice(study: Path) -> None:
     report("learning_rate", logs=str(study.parent))
     assert (study / "loss_by_steps.svg").read_bytes() == first
     assert (study / "loss_by_wall_clock.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_numeric_setting_gets_a_picture_of_its_own(study: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report("learning_rate", logs=str(study.parent))
+    assert "![final loss against model.optimizer.lr](final_loss.png)" in (study / "REPORT.md").read_text()
+    assert (study / "final_loss.png").is_file()
+
+
+def test_names_without_a_seed_leave_the_settings_as_the_label(tmp_path: Path) -> None:
+    write_run(tmp_path, "first", 0.1, 0, [2.0])
+    write_run(tmp_path, "second", 0.2, 0, [1.0])
+    groups = group_by_settings(find_runs(tmp_path))
+    assert [(group.label, group.settings) for group in groups] == [("optimizer.lr=0.2", ""), ("optimizer.lr=0.1", "")]
 
 
 def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_named(tmp_path: Path) -> None:
