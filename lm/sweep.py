@@ -13,13 +13,16 @@ A sweep file (`configs/sweeps/*.yaml`) names the base configs, what varies, the 
     scales: {cpu: {trainer.max_steps: 300}, gpu: {configs: [../tinystories.yaml]}}
     text: stories                            # with --texts DIR: DIR/stories-train.txt and DIR/stories-valid.txt
 
-or, to run several studies one after another, only `include: [learning_rate.yaml, batch_size.yaml]`.
+A scale may bring its own `grid`. A run that two studies share (the base of every ablation) is made once and copied. To
+run several studies one after another, a file says only `include: [learning_rate.yaml, batch_size.yaml]`.
 """
 
+import hashlib
 import itertools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -32,8 +35,10 @@ from typing import Any
 
 import yaml
 
+from lm.report import flatten
 from tokenizer.files import atomic_write
 
+DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "builtin.yaml"  # lies under every fit
 KEYS = {"study", "configs", "grid", "runs", "seeds", "scales", "text", "include"}
 TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz")
 DONE = ("finished", "diverged")  # a divergence is a result
@@ -57,6 +62,14 @@ class PlannedRun:
         for name, value in self.settings:
             words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
         return [*words, "--run.logs", f"{logs}/{self.study}", "--run.name", self.name, "--resume", "auto"]
+
+    @property
+    def experiment(self) -> str:
+        """A hash of all settings that are said anywhere; equal for runs that differ only in where they are kept."""
+        merged: dict[str, Any] = {}
+        for config in (DEFAULT_CONFIG, *self.configs):
+            merged |= flatten(yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {})
+        return hashlib.sha256(json.dumps(merged | dict(self.settings), sort_keys=True).encode()).hexdigest()
 
     def status(self, logs: str) -> str | None:
         """What the newest version's summary says, None if the run never ended by itself."""
@@ -107,7 +120,8 @@ def plan(path: Path, scale: str | None = None, texts: Path | None = None) -> lis
     bases = sweep.get("configs", []) + size.pop("configs", [])
     if texts is not None and "text" in sweep:
         size |= own_texts(texts, sweep["text"])
-    varied = [[(name, value) for value in values] for name, values in sweep.get("grid", {}).items()]
+    grid = sweep.get("grid", {}) | size.pop("grid", {})
+    varied = [[(name, value) for value in values] for name, values in grid.items()]
     runs = []
     for variant, point, seed in itertools.product(
         sweep.get("runs", [{}]), itertools.product(*varied), sweep.get("seeds", [0])
@@ -141,7 +155,7 @@ def execute(run: PlannedRun, logs: str, device: str | None, threads: int | None 
         threads: of the process on the CPU, unless OMP_NUM_THREADS says so already.
 
     Returns:
-        The run's record: status, exit_code, seconds, command.
+        The run's record: status, exit_code, seconds, command, experiment.
     """
     folder = Path(logs, run.study, run.name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +177,19 @@ def execute(run: PlannedRun, logs: str, device: str | None, threads: int | None 
         "exit_code": code,
         "seconds": seconds,
         "command": f"python {shlex.join(run.arguments(logs))}",
+        "experiment": run.experiment,
     }
+
+
+def copy_twin(run: PlannedRun, logs: str) -> dict[str, Any] | None:
+    """Copy the result of the same experiment from another study, without checkpoints; its record, or None."""
+    for path in sorted(Path(logs).glob("*/*/record.json")):
+        record = json.loads(path.read_text())
+        if record.get("experiment") == run.experiment and record["status"] in DONE and "copied_from" not in record:
+            source, target = path.parent, Path(logs, run.study, run.name)
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
+            return record | {"copied_from": source.relative_to(logs).as_posix()}
+    return None
 
 
 def unfinished(runs: list[PlannedRun], logs: str) -> Iterator[PlannedRun]:
@@ -208,15 +234,17 @@ def sweep(
     def work(run: PlannedRun) -> tuple[PlannedRun, dict[str, Any]]:
         device = slots.get()
         try:
-            return run, execute(run, logs, device, threads)
+            record = copy_twin(run, logs) or execute(run, logs, device, threads)
         finally:
             slots.put(device)
+        with atomic_write(Path(logs, run.study, run.name, "record.json"), "w") as output:
+            json.dump(record, output, indent=1)
+        return run, record
 
     with ThreadPoolExecutor(slots.qsize()) as pool:
         for run, record in pool.map(work, waiting):
-            with atomic_write(Path(logs, run.study, run.name, "record.json"), "w") as output:
-                json.dump(record, output, indent=1)
-            print(f"{run.study}/{run.name}: {record['status']} in {record['seconds']:.0f} s")
+            copied = f", copied from {record['copied_from']}" if "copied_from" in record else ""
+            print(f"{run.study}/{run.name}: {record['status']} in {record['seconds']:.0f} s{copied}", flush=True)
             if record["status"] not in DONE:
                 failed.append(run)
     if failed:
