@@ -11,7 +11,7 @@ from torch.nn import Module, Parameter
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 from torch.nn.init import trunc_normal_
 
-from lm.functional import causal_attention, gated_silu, rms_norm, silu
+from lm.functional import causal_attention, gated_silu, rms_norm, silu, squared_relu
 from lm.gradients import at_least_float32
 
 
@@ -125,6 +125,14 @@ class SiLUFeedForward(Module):
         return self.w2(silu(self.w1(x)))
 
 
+class SquaredReLUFeedForward(SiLUFeedForward):
+    """W2 max(W1 x, 0)^2 (So et al. 2021, Primer): as many parameters as `SiLUFeedForward`, most activations zero."""
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Apply the layer at every position."""
+        return self.w2(squared_relu(self.w1(x)))
+
+
 class RotaryPositionalEmbedding(Module):
     """Rotate pair j = (x[2j], x[2j+1]) of the vector at position i by the angle i * theta^(-2j / d_k).
 
@@ -212,6 +220,10 @@ class MultiHeadSelfAttention(Module):
         device: of the parameters.
         dtype: of the parameters.
         attention: "scratch" is `lm.functional.causal_attention`, "fused" torch's library kernel.
+        qk_norm: RMSNorm, with gains, on every head's queries and keys (Dehghani et al. 2023; Henry et al. 2020), so
+            that no score can grow without bound.
+        gated: multiply the output of each head by 2 sigmoid(W_g x), which is 1 at first: a head can keep quiet where it
+            has found nothing (Qiu et al. 2025).
 
     Raises:
         ValueError: `num_heads` does not divide `d_model`.
@@ -226,6 +238,8 @@ class MultiHeadSelfAttention(Module):
         dtype: torch.dtype | None = None,
         *,
         attention: Literal["scratch", "fused"] = "scratch",
+        qk_norm: bool = False,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         if d_model % num_heads:
@@ -237,12 +251,20 @@ class MultiHeadSelfAttention(Module):
         self.k_proj = Linear(d_model, d_model, device, dtype)
         self.v_proj = Linear(d_model, d_model, device, dtype)
         self.output_proj = Linear(d_model, d_model, device, dtype)
+        self.qk_norm, self.gated = qk_norm, gated
+        if qk_norm:
+            self.q_norm = RMSNorm(d_model // num_heads, device=device, dtype=dtype)
+            self.k_norm = RMSNorm(d_model // num_heads, device=device, dtype=dtype)
+        if gated:
+            self.gate = Linear(d_model, num_heads, device, dtype)
+            self.gate.weight.data.zero_()
 
     def forward(
         self,
         x: Float[Tensor, "*batch seq d_model"],
         token_positions: Int[Tensor, "*#batch seq"] | None = None,
         cache: LayerCache | None = None,
+        values: Float[Tensor, "*batch seq d_model"] | None = None,
     ) -> Float[Tensor, "*batch seq d_model"]:
         """Attend.
 
@@ -250,11 +272,16 @@ class MultiHeadSelfAttention(Module):
             x: one vector per position.
             token_positions: for RoPE; by default 0, 1, 2, ... after what the cache holds.
             cache: the positions before `x`, to which those of `x` are added.
+            values: added to the values that are computed from `x`.
         """
         weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         # for a single position, joining the weights would cost more than the product does
         qkv = torch.cat([x @ w.T for w in weights], -1) if x.shape[-2] == 1 else x @ torch.cat(weights).T
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).movedim((-3, -2), (0, -3))  # (*batch, heads, seq, d_k)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if values is not None:
+            v = v + values.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
         if self.rope is not None:
             if token_positions is None:
                 start = 0 if cache is None else cache.length
@@ -265,7 +292,10 @@ class MultiHeadSelfAttention(Module):
         if cache is not None:
             k, v = cache.append(k, v)
         attend = causal_attention if self.attention == "scratch" else fused_causal_attention
-        return self.output_proj(attend(q, k, v).transpose(-3, -2).flatten(-2))
+        mixed = attend(q, k, v).transpose(-3, -2)  # (*batch, seq, heads, d_k)
+        if self.gated:
+            mixed = mixed * (2 * torch.sigmoid(self.gate(x)))[..., None]
+        return self.output_proj(mixed.flatten(-2))
 
 
 def fused_causal_attention(

@@ -7,10 +7,10 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import Module, ModuleList, Parameter
 from torch.utils.checkpoint import checkpoint
 
-from lm.functional import linear_cross_entropy
+from lm.functional import linear_cross_entropy, soft_cap
 from lm.layers import (
     Embedding,
     LayerCache,
@@ -19,14 +19,18 @@ from lm.layers import (
     RMSNorm,
     RotaryPositionalEmbedding,
     SiLUFeedForward,
+    SquaredReLUFeedForward,
     SwiGLU,
 )
 
 Norm = Literal["pre", "post", "none"]
 Position = Literal["rope", "none"]
-FeedForward = Literal["swiglu", "silu"]
+FeedForward = Literal["swiglu", "silu", "relu2"]
 Head = Literal["untied", "tied"]
 Attention = Literal["scratch", "fused"]
+Init = Literal["standard", "zero_output"]
+
+FEED_FORWARD = {"swiglu": SwiGLU, "silu": SiLUFeedForward, "relu2": SquaredReLUFeedForward}
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,23 @@ class TransformerConfig:
         num_layers: Transformer blocks.
         num_heads: attention heads per block, a divisor of `d_model`.
         d_model: the length of the residual stream's vectors.
-        d_ff: the inner length of the feed-forward layer: about 8/3 d_model for swiglu, 4 d_model for silu.
+        d_ff: the inner length of the feed-forward layer: about 8/3 d_model for swiglu, 4 d_model for the others.
         rope_theta: the base of RoPE's angles.
         norm: RMSNorm before each sub-layer, after each residual sum, or nowhere.
         position: RoPE, or no positional information.
-        ffn: the gated or the plain feed-forward layer.
+        ffn: the gated feed-forward layer, or a plain one with SiLU or ReLU squared.
         head: output weights of their own, or the token embeddings'.
         attention: this project's attention, or torch's library kernel.
         activation_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
+        init: the handout's, or the same with zeros in the last matrix of each sub-layer and in an untied head, so that
+            each sub-layer begins by adding nothing and all tokens are equally likely.
+        qk_norm: RMSNorm on the queries and keys of each head.
+        gated_attention: each head's output times 2 sigmoid(W x), 1 at first.
+        value_embeddings: every other layer, the last among them, adds a learned vector of the token, 0 at first, to the
+            attention's values (Zhou et al. 2024, "Value residual learning"; the modded-nanogpt records).
+        unet_skips: the output of layer i, times a learned number that is 0 at first, is added to the input of layer
+            num_layers - 1 - i.
+        logit_softcap: bound the logits by this number (`lm.functional.soft_cap`).
 
     Raises:
         ValueError: a size is not positive, a variant is unknown, `num_heads` does not divide `d_model`, or RoPE gets
@@ -66,6 +79,12 @@ class TransformerConfig:
     head: Head = "untied"
     attention: Attention = "scratch"
     activation_checkpointing: bool = False
+    init: Init = "standard"
+    qk_norm: bool = False
+    gated_attention: bool = False
+    value_embeddings: bool = False
+    unet_skips: bool = False
+    logit_softcap: float | int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "num_layers", "num_heads", "d_model", "d_ff", "rope_theta"):
@@ -77,9 +96,12 @@ class TransformerConfig:
             ("ffn", FeedForward),
             ("head", Head),
             ("attention", Attention),
+            ("init", Init),
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(choices))}")
+        if self.logit_softcap is not None and not self.logit_softcap > 0:
+            raise ValueError(f"logit_softcap={self.logit_softcap} must be positive, or null for none")
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} must divide d_model={self.d_model}")
         if self.position == "rope" and self.d_head % 2:
@@ -92,6 +114,16 @@ class TransformerConfig:
     def d_head(self) -> int:
         """The length of one head's queries, keys and values."""
         return self.d_model // self.num_heads
+
+    @property
+    def layers_with_value_embeddings(self) -> list[int]:
+        """Every other layer, counted back from the last."""
+        return [i for i in range(self.num_layers) if self.value_embeddings and (self.num_layers - 1 - i) % 2 == 0]
+
+    @property
+    def num_skips(self) -> int:
+        """How many layers of the first half have a partner in the second that is not their neighbour."""
+        return (self.num_layers - 1) // 2 if self.unet_skips else 0
 
 
 class TransformerBlock(Module):
@@ -114,10 +146,19 @@ class TransformerBlock(Module):
         super().__init__()
         self.norm = config.norm
         self.attn = MultiHeadSelfAttention(
-            config.d_model, config.num_heads, rope, device, dtype, attention=config.attention
+            config.d_model,
+            config.num_heads,
+            rope,
+            device,
+            dtype,
+            attention=config.attention,
+            qk_norm=config.qk_norm,
+            gated=config.gated_attention,
         )
-        feed_forward = SwiGLU if config.ffn == "swiglu" else SiLUFeedForward
-        self.ffn = feed_forward(config.d_model, config.d_ff, device, dtype)
+        self.ffn = FEED_FORWARD[config.ffn](config.d_model, config.d_ff, device, dtype)
+        if config.init == "zero_output":
+            self.attn.output_proj.weight.data.zero_()
+            self.ffn.w2.weight.data.zero_()
         if config.norm != "none":
             self.ln1 = RMSNorm(config.d_model, device=device, dtype=dtype)
             self.ln2 = RMSNorm(config.d_model, device=device, dtype=dtype)
@@ -127,15 +168,16 @@ class TransformerBlock(Module):
         x: Float[Tensor, "*batch seq d_model"],
         token_positions: Int[Tensor, "*#batch seq"] | None = None,
         cache: LayerCache | None = None,
+        values: Float[Tensor, "*batch seq d_model"] | None = None,
     ) -> Float[Tensor, "*batch seq d_model"]:
         """Add what the two sub-layers find; arguments as of `MultiHeadSelfAttention.forward`."""
         if self.norm == "pre":
-            x = x + self.attn(self.ln1(x), token_positions, cache)
+            x = x + self.attn(self.ln1(x), token_positions, cache, values)
             return x + self.ffn(self.ln2(x))
         if self.norm == "post":
-            x = self.ln1(x + self.attn(x, token_positions, cache))
+            x = self.ln1(x + self.attn(x, token_positions, cache, values))
             return self.ln2(x + self.ffn(x))
-        x = x + self.attn(x, token_positions, cache)
+        x = x + self.attn(x, token_positions, cache, values)
         return x + self.ffn(x)
 
 
@@ -173,6 +215,7 @@ class TransformerLM(Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.value_layers = config.layers_with_value_embeddings
         rope = None
         if config.position == "rope":
             rope = RotaryPositionalEmbedding(config.rope_theta, config.d_head, config.context_length, device)
@@ -183,12 +226,22 @@ class TransformerLM(Module):
             self.ln_final = RMSNorm(config.d_model, device=device, dtype=dtype)
         if config.head == "untied":
             self.lm_head = Linear(config.d_model, config.vocab_size, device, dtype)
+            if config.init == "zero_output":
+                self.lm_head.weight.data.zero_()
+        if config.value_embeddings:
+            tables = [Embedding(config.vocab_size, config.d_model, device, dtype) for _ in self.value_layers]
+            self.value_embeddings = ModuleList(tables)
+            for table in tables:
+                table.weight.data.zero_()
+        if config.unet_skips:
+            self.skips = Parameter(torch.zeros(config.num_skips, device=device, dtype=dtype))
 
     def forward(
         self,
         token_ids: Int[Tensor, "*batch seq"],
         cache: KVCache | None = None,
         targets: Int[Tensor, "*batch seq"] | None = None,
+        z_loss: float | int = 0.0,
     ) -> Float[Tensor, "*batch seq vocab"] | Float[Tensor, ""]:
         """Logits of the token after each position, or the loss where `targets` are given.
 
@@ -198,6 +251,7 @@ class TransformerLM(Module):
                 added. The result is as if all were computed again.
             targets: the tokens that do follow. The result is then the mean cross-entropy in nats per token, computed
                 without a place for all logits (`lm.functional.linear_cross_entropy`).
+            z_loss: weight of that function's further term.
 
         Raises:
             ValueError: more positions than `context_length`, or than the cache has room for.
@@ -210,19 +264,29 @@ class TransformerLM(Module):
                 + ": give fewer, for example the last ones"
             )
         x = self.token_embeddings(token_ids)
+        config = self.config
+        skipped: list[Tensor] = []  # outputs of the first half that the second half takes up
         for index, layer in enumerate(self.layers):
+            partner = config.num_layers - 1 - index
+            if partner < config.num_skips:
+                x = x + self.skips[partner] * skipped[partner]
+            values = None
+            if index in self.value_layers:
+                values = self.value_embeddings[self.value_layers.index(index)](token_ids)
             if cache is not None:
-                x = layer(x, cache=cache.layers[index])
-            elif self.config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False)
+                x = layer(x, cache=cache.layers[index], values=values)
+            elif config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, values=values, use_reentrant=False)
             else:
-                x = layer(x)
-        if self.config.norm != "none":
+                x = layer(x, values=values)
+            if index < config.num_skips:
+                skipped.append(x)
+        if config.norm != "none":
             x = self.ln_final(x)
-        head = self.lm_head if self.config.head == "untied" else self.token_embeddings
+        head = self.lm_head if config.head == "untied" else self.token_embeddings
         if targets is not None:
-            return linear_cross_entropy(x, head.weight, targets)
-        return x @ head.weight.T
+            return linear_cross_entropy(x, head.weight, targets, config.logit_softcap, z_loss)
+        return soft_cap(x @ head.weight.T, config.logit_softcap)
 
     def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `max_length` positions (default: the context length).

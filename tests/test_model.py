@@ -21,12 +21,35 @@ VARIANTS = [
     {"head": "tied"},
     {"attention": "fused"},
     {"activation_checkpointing": True},
+    {"ffn": "relu2"},
+    {"qk_norm": True},
+    {"gated_attention": True, "num_layers": 1},
+    {"value_embeddings": True, "num_layers": 4},
+    {"unet_skips": True, "num_layers": 5},
+    {"logit_softcap": 5.0},
+    {
+        "ffn": "relu2",
+        "qk_norm": True,
+        "gated_attention": True,
+        "value_embeddings": True,
+        "unet_skips": True,
+        "logit_softcap": 15.0,
+        "num_layers": 3,
+        "head": "tied",
+        "activation_checkpointing": True,
+    },
 ]
+NEUTRAL_AT_FIRST = ("gate", "value_embeddings", "skips")  # parameters that begin with 0
 
 
 def small_model(**variant):
+    """A model in which each part does something: what begins with 0 is drawn as well."""
     torch.manual_seed(0)
-    return TransformerLM(TransformerConfig(**SMALL | variant))
+    model = TransformerLM(TransformerConfig(**SMALL | variant))
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in NEUTRAL_AT_FIRST):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -128,7 +151,7 @@ def test_any_leading_dimensions(shape):
     torch.testing.assert_close(model(token_ids).reshape(-1, 7, 40), model(token_ids.reshape(-1, 7)))
 
 
-@pytest.mark.parametrize("variant", [{}, {"head": "tied"}], ids=str)
+@pytest.mark.parametrize("variant", [{}, {"head": "tied"}, {"logit_softcap": 2.0}], ids=str)
 def test_targets_give_the_loss_of_the_logits(variant):
     model = small_model(**variant)
     tokens = torch.randint(40, (2, 13))
@@ -152,6 +175,78 @@ def test_autocast_is_near_float32(variant):
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
 
 
+@pytest.mark.parametrize("option", ["gated_attention", "value_embeddings", "unet_skips"])
+def test_what_begins_with_nothing_to_say_changes_nothing_at_first(option):
+    torch.manual_seed(0)
+    plain, more = (TransformerLM(TransformerConfig(**SMALL | {"num_layers": 3, option: on})) for on in (False, True))
+    more.load_state_dict(plain.state_dict(), strict=False)
+    token_ids = torch.randint(40, (2, 12))
+    assert torch.equal(more(token_ids), plain(token_ids))
+    added = [p for name, p in more.named_parameters() if name not in plain.state_dict()]
+    assert added
+    for gradient in torch.autograd.grad(more(token_ids).square().sum(), added):
+        assert gradient.abs().sum() > 0, "it learns to say something"
+
+
+def test_zero_output_begins_at_uniform_guessing_and_trains_every_matrix():
+    model = small_model(init="zero_output")
+    tokens = torch.randint(40, (2, 13))
+    assert model(tokens[:, :-1]).eq(0).all()
+    zeros = {name for name, p in model.named_parameters() if p.eq(0).all()}
+    assert zeros == {"lm_head.weight"} | {
+        f"layers.{i}.{n}.weight" for i in (0, 1) for n in ("attn.output_proj", "ffn.w2")
+    }
+    optimizer = AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for _ in range(3):  # the head moves first, then the outputs, then what is behind them
+        optimizer.zero_grad()
+        model(tokens[:, :-1], targets=tokens[:, 1:]).backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_qk_norm_makes_the_scores_blind_to_the_size_of_queries_and_keys():
+    model = small_model(qk_norm=True)
+    token_ids = torch.randint(40, (2, 12))
+    before = model(token_ids)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attn.q_proj.weight.mul_(100)
+            layer.attn.k_proj.weight.mul_(0.1)
+    torch.testing.assert_close(model(token_ids), before, rtol=1e-2, atol=1e-2)
+    plain = small_model()
+    assert not torch.allclose(plain(token_ids), before, atol=0.1)
+
+
+def test_value_embeddings_stand_in_every_other_layer_up_to_the_last():
+    config = TransformerConfig(**SMALL | {"num_layers": 5, "value_embeddings": True})
+    assert config.layers_with_value_embeddings == [0, 2, 4]
+    assert len(TransformerLM(config).value_embeddings) == 3
+    assert TransformerConfig(**SMALL).layers_with_value_embeddings == []
+
+
+@torch.no_grad()
+def test_skips_join_the_halves():
+    """Layers that do nothing leave the sum of what the skips carry: 1 + s0 + s1 times the embeddings."""
+    model = small_model(unet_skips=True, num_layers=5, norm="none", head="tied", init="zero_output")
+    token_ids = torch.randint(40, (2, 12))
+    embeddings = model.token_embeddings(token_ids)
+    expected = (1 + model.skips.sum()) * embeddings @ model.token_embeddings.weight.T
+    torch.testing.assert_close(model(token_ids), expected)
+    assert [TransformerConfig(**SMALL | {"num_layers": n, "unet_skips": True}).num_skips for n in (1, 2, 3, 4, 12)] == [
+        0, 0, 1, 1, 5,
+    ]  # fmt: skip
+
+
+def test_a_soft_cap_bounds_the_logits_and_keeps_small_ones():
+    model, token_ids = small_model(), torch.randint(40, (2, 12))
+    plain = model(token_ids)
+    tight, loose = (small_model(logit_softcap=cap)(token_ids) for cap in (1.0, 1e4))
+    assert tight.abs().max() < 1 < plain.abs().max()
+    torch.testing.assert_close(loose, plain, rtol=1e-3, atol=1e-4)
+
+
 def test_activation_checkpointing_gives_the_same_gradients():
     tokens = torch.randint(40, (2, 13))
     results = []
@@ -170,7 +265,9 @@ def test_activation_checkpointing_gives_the_same_gradients():
         ({"vocab_size": 0}, "vocab_size=0 must be positive"),
         ({"norm": "layer"}, "norm='layer' must be one of pre, post, none"),
         ({"position": "sine"}, "position='sine' must be one of rope, none"),
-        ({"ffn": "relu"}, "ffn='relu' must be one of swiglu, silu"),
+        ({"ffn": "relu"}, "ffn='relu' must be one of swiglu, silu, relu2"),
+        ({"init": "zeros"}, "init='zeros' must be one of standard, zero_output"),
+        ({"logit_softcap": 0.0}, "logit_softcap=0.0 must be positive"),
         ({"head": "both"}, "head='both' must be one of untied, tied"),
         ({"attention": "flash"}, "attention='flash' must be one of scratch, fused"),
     ],
