@@ -101,6 +101,14 @@ def parameters(config: TransformerConfig) -> dict[str, int]:
         parts["norms"] = (2 * layers + 1) * d
     if config.head == "untied":
         parts["output head"] = config.vocab_size * d
+    if config.qk_norm:
+        parts["norms of queries and keys"] = layers * 2 * config.d_head
+    if config.gated_attention:
+        parts["gates of the heads"] = layers * config.num_heads * d
+    if config.value_embeddings:
+        parts["value embeddings"] = len(config.layers_with_value_embeddings) * config.vocab_size * d
+    if config.unet_skips:
+        parts["skips"] = config.num_skips
     return parts
 
 
@@ -150,6 +158,10 @@ def matrix_products(
     ]
     if config.ffn == "swiglu":
         products.insert(5, MatrixProduct("feed-forward w3", "(BT × d) @ (d × f)", tokens, d, f, layers))
+    if config.gated_attention:
+        products.insert(
+            3, MatrixProduct("gates of the heads", "(BT × d) @ (d × h)", tokens, d, config.num_heads, layers)
+        )
     return products
 
 
@@ -227,7 +239,12 @@ def kept_by_block(
         parts.append(Memory("mixed values", "BTd", tokens * d, narrow))
         parts.append(Memory("attention scores and exponentials", "2·BhT²", 2 * scores, 4))
         parts.append(Memory("attention weights", "BhT²", scores, narrow))
-    parts.append(Memory("feed-forward", "3·BTf", 3 * tokens * f, narrow))
+    if config.qk_norm:
+        parts.append(Memory("queries and keys before their norms", "2·BTd", 2 * tokens * d, narrow))
+    if config.gated_attention:
+        parts.append(Memory("gated values", "BTd", tokens * d, narrow))
+    inner = 2 if config.ffn == "relu2" else 3
+    parts.append(Memory("feed-forward", f"{inner}·BTf", inner * tokens * f, narrow))
     if precision == "bf16-mixed":
         parts.append(Memory("weights in bfloat16", "block", _block_parameters(config), 2))
     else:

@@ -490,7 +490,15 @@ def _settings_behind(
         layer = re.match(r"layers\.\d+\.", name)
         if layer and not all(any(other.startswith(layer[0]) for other in names) for names in (wanted, found)):
             return ["num_layers"]
-        patterns = {r"lm_head": "head", r".*\bln": "norm", r".*\bffn\.w3": "ffn"}
+        patterns = {
+            r"lm_head": "head",
+            r".*\bln": "norm",
+            r".*\bffn\.w3": "ffn",
+            r".*\b[qk]_norm": "qk_norm",
+            r".*\bgate\b": "gated_attention",
+            r"value_embeddings": "value_embeddings",
+            r"skips": "unet_skips",
+        }
         return [setting for pattern, setting in patterns.items() if re.match(pattern, name)]
     if re.match(r"token_embeddings|lm_head", name):
         axes = ("vocab_size", "d_model")

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import Module, ModuleList, Parameter
+from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.utils.checkpoint import checkpoint
 
 from lm.functional import linear_cross_entropy, soft_cap
@@ -30,7 +30,11 @@ Head = Literal["untied", "tied"]
 Attention = Literal["scratch", "fused"]
 Init = Literal["standard", "zero_output"]
 
-FEED_FORWARD = {"swiglu": SwiGLU, "silu": SiLUFeedForward, "relu2": SquaredReLUFeedForward}
+FEED_FORWARD: dict[str, type[SwiGLU | SiLUFeedForward]] = {
+    "swiglu": SwiGLU,
+    "silu": SiLUFeedForward,
+    "relu2": SquaredReLUFeedForward,
+}
 
 
 @dataclass(frozen=True)
@@ -229,10 +233,10 @@ class TransformerLM(Module):
             if config.init == "zero_output":
                 self.lm_head.weight.data.zero_()
         if config.value_embeddings:
-            tables = [Embedding(config.vocab_size, config.d_model, device, dtype) for _ in self.value_layers]
-            self.value_embeddings = ModuleList(tables)
-            for table in tables:
+            tables = {str(i): Embedding(config.vocab_size, config.d_model, device, dtype) for i in self.value_layers}
+            for table in tables.values():
                 table.weight.data.zero_()
+            self.value_embeddings = ModuleDict(tables)
         if config.unet_skips:
             self.skips = Parameter(torch.zeros(config.num_skips, device=device, dtype=dtype))
 
@@ -272,7 +276,7 @@ class TransformerLM(Module):
                 x = x + self.skips[partner] * skipped[partner]
             values = None
             if index in self.value_layers:
-                values = self.value_embeddings[self.value_layers.index(index)](token_ids)
+                values = self.value_embeddings[str(index)](token_ids)
             if cache is not None:
                 x = layer(x, cache=cache.layers[index], values=values)
             elif config.activation_checkpointing and torch.is_grad_enabled():

@@ -4,8 +4,9 @@ The loops, devices and precisions are Lightning's; every formula is this project
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -17,20 +18,26 @@ from torchmetrics import Metric
 
 from lm.functional import cross_entropy
 from lm.model import TransformerConfig, TransformerLM
-from lm.optim import AdamW, clip_gradients, cosine_schedule, trapezoid_schedule
+from lm.optim import AdamW, Muon, clip_gradients, cosine_schedule, trapezoid_schedule
 
 Batch = Sequence[Any]  # inputs, targets, and in validation how many of the targets count
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW's settings (lm/optim.py). The norm that gradients are clipped to is `trainer.gradient_clip_val`.
+    """The optimizer's settings (lm/optim.py). The norm that gradients are clipped to is `trainer.gradient_clip_val`.
 
     Attributes:
-        lr: the highest learning rate; the schedule does the rest.
+        lr: the highest learning rate; the schedule does the rest, also to those of the parts, below.
         betas: decay rates of the moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled from the gradient.
+        matrices: what moves the blocks' matrices: AdamW like all the rest, or Muon or NorMuon.
+        momentum: of Muon and NorMuon.
+        matrix_lr: the highest rate of the blocks' matrices; default, lr.
+        embedding_lr: that of the token embeddings, and of value embeddings; default, lr.
+        head_lr: that of an untied head; default, lr.
+        scalar_lr: that of gains, gates and skips; default, lr.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -40,15 +47,61 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    matrices: Literal["adamw", "muon", "normuon"] = "adamw"
+    momentum: float = 0.95
+    matrix_lr: float | None = None
+    embedding_lr: float | None = None
+    head_lr: float | None = None
+    scalar_lr: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr} must be positive")
+        for name in ("lr", "matrix_lr", "embedding_lr", "head_lr", "scalar_lr"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must be in [0, 1)")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must be in [0, 1)")
         for name in ("eps", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What all parameters have in common: the options of the optimizer's one group."""
+        return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+
+    def make(self, model: TransformerLM) -> AdamW:
+        """The optimizer of all parameters of a model.
+
+        Raises:
+            ValueError: `head_lr` where the head is the token embeddings, or Muon under FSDP.
+        """
+        if self.head_lr is not None and model.config.head == "tied":
+            raise ValueError(f"head_lr={self.head_lr}, but head=tied has no head of its own: use embedding_lr")
+        parts = {name: part_of(name) for name, _ in model.named_parameters()}
+        rates: dict[Tensor, float] = {
+            parameter: getattr(self, f"{parts[name]}_lr") / self.lr
+            for name, parameter in model.named_parameters()
+            if getattr(self, f"{parts[name]}_lr") is not None
+        }
+        if self.matrices == "adamw":
+            return AdamW(model.parameters(), **self.options, rates=rates)
+        matrices = [parameter for name, parameter in model.named_parameters() if parts[name] == "matrix"]
+        return Muon(model.parameters(), matrices, self.matrices, self.momentum, **self.options, rates=rates)
+
+
+def part_of(name: str) -> Literal["matrix", "embedding", "head", "scalar"]:
+    """What kind of parameter a name stands for.
+
+    >>> [part_of(n) for n in ("layers.0.ffn.w1.weight", "token_embeddings.weight", "layers.0.ln1.weight")]
+    ['matrix', 'embedding', 'scalar']
+    """
+    if name.startswith("lm_head"):
+        return "head"
+    if "embeddings" in name:
+        return "embedding"
+    return "matrix" if re.search(r"_proj\.weight$|ffn\.w\d\.weight$", name) else "scalar"
 
 
 @dataclass(frozen=True)
@@ -166,22 +219,26 @@ class LanguageModel(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         schedule: ScheduleConfig = ScheduleConfig(),
         compile: bool | None = None,
+        z_loss: float = 0.0,
     ) -> None:
         """Set the recipe; the weights come with `configure_model`.
 
         Args:
             transformer: sizes and variants of the network.
-            optimizer: AdamW's settings.
+            optimizer: its settings.
             schedule: the learning rate over the run.
             compile: torch.compile the forward pass and the loss; default, on CUDA alone. Checkpoints are the same
                 either way.
+            z_loss: weight of the mean of (log sum exp of the logits)^2 in what is minimised, and so in train/loss;
+                val/loss is without it.
         """
         super().__init__()
         self.transformer = transformer
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.compile_loss = compile
-        self.loss: Callable[[Tensor, Tensor], Tensor] = self.compute_loss
+        self.z_loss = z_loss
+        self.loss: Callable[..., Tensor] = self.compute_loss
         self.clock_progress: float | None = None
         self.validation_result: dict[str, float] = {}
 
@@ -216,9 +273,9 @@ class LanguageModel(LightningModule):
         """Logits of the token after each position."""
         return self.model(token_ids)
 
-    def compute_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token, without a place for all logits."""
-        return self.model(inputs, targets=targets)
+    def compute_loss(self, inputs: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+        """Mean cross-entropy in nats per token, without a place for all logits; and the term that z_loss weighs."""
+        return self.model(inputs, targets=targets, z_loss=z_loss)
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -232,7 +289,7 @@ class LanguageModel(LightningModule):
         self._reset_step()
         scheduler: Any = self.lr_schedulers()
         for group in scheduler.optimizer.param_groups:
-            group.update(asdict(self.optimizer_config))
+            group.update(self.optimizer_config.options)
         scheduler.apply()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -243,7 +300,7 @@ class LanguageModel(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
         inputs, targets = batch
-        loss = self.loss(inputs, targets)
+        loss = self.loss(inputs, targets, self.z_loss)
         self.step_loss += loss.detach() / self.trainer.accumulate_grad_batches
         return loss
 
@@ -259,8 +316,8 @@ class LanguageModel(LightningModule):
         self.nonfinite |= ~torch.isfinite(self.grad_norm + self.step_loss)
 
     def configure_optimizers(self) -> Any:
-        """AdamW over all parameters in one group, and the learning rate, stepped once per update."""
-        optimizer = AdamW(self.model.parameters(), **asdict(self.optimizer_config))
+        """The optimizer over all parameters in one group, and the learning rate, stepped once per update."""
+        optimizer = self.optimizer_config.make(self.model)
         scheduler = LearningRate(optimizer, self.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -310,20 +367,26 @@ class LanguageModel(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the model's configuration as plain values: equal shapes do not make equal models (norm pre, post)."""
         checkpoint["transformer"] = asdict(self.transformer)
+        checkpoint["matrices"] = self.optimizer_config.matrices
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of another model.
+        """Refuse weights of another model and, to go on training, the state of another optimizer.
+
+        A setting that the checkpoint does not name is one that came later: it had its default.
 
         Raises:
-            ValueError: the checkpoint's model differs (and in what), or it is not one of this project.
+            ValueError: the checkpoint differs (and in what), or it is not one of this project.
         """
         if "transformer" not in checkpoint:
             raise ValueError("the checkpoint has no model configuration: it was not written by `python -m lm fit`")
-        saved, current = checkpoint["transformer"], asdict(self.transformer)
+        defaults = {field.name: field.default for field in fields(TransformerConfig)}
+        saved, current = defaults | checkpoint["transformer"], asdict(self.transformer)
+        if self.trainer.training:
+            saved["matrices"], current["matrices"] = checkpoint.get("matrices", "adamw"), self.optimizer_config.matrices
         changed = [
-            f"{name}: checkpoint {saved.get(name)}, now {current[name]}"
+            f"{name}: checkpoint {saved[name]}, now {current[name]}"
             for name in current
-            if name not in SAME_WEIGHTS and saved.get(name) != current[name]
+            if name not in SAME_WEIGHTS and saved[name] != current[name]
         ]
         if changed:
             raise ValueError("the checkpoint is of another model: " + "; ".join(changed))

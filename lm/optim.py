@@ -3,10 +3,12 @@
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, no_type_check
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, no_type_check
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
@@ -55,6 +57,15 @@ class AdamW(Optimizer):
 
     The state of a parameter is `step` (int) and `m`, `v` (like the parameter): enough to go on bit for bit.
 
+    Args:
+        params: tensors, or groups of them with options of their own.
+        lr: the learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled from the gradient.
+        rates: for some of the parameters, what their learning rate is as a multiple of `lr`. They stay in one group:
+            a checkpoint knows parameters by their place, and groups would change it between DDP and FSDP.
+
     Raises:
         ValueError: a negative `lr`, `eps` or `weight_decay`, or a beta outside [0, 1).
     """
@@ -66,6 +77,8 @@ class AdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        *,
+        rates: Mapping[Tensor, float] | None = None,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if value < 0:
@@ -73,6 +86,7 @@ class AdamW(Optimizer):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas} must be in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.rates = dict(rates or {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -82,42 +96,45 @@ class AdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            rows = []
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                if not state:
-                    state.update(step=0, m=torch.zeros_like(param), v=torch.zeros_like(param))
-                state["step"] += 1
-                tensors = (local_part(tensor) for tensor in (param, param.grad, state["m"], state["v"]))
-                rows.append(Row(state["step"], *tensors))
-            options = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-            suited = [row for row in rows if suits_the_compiled_loop(row)]
-            if sum(row.theta.numel() for row in suited) >= LARGE:
-                compiled_adamw_update(suited, *options)
-                rows = [row for row in rows if not suits_the_compiled_loop(row)]
-            if rows:
-                adamw_update(rows, *options)
+            self.update([param for param in group["params"] if param.grad is not None], group)
         return loss
+
+    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update these parameters of a group; all have a gradient."""
+        rows = []
+        for param in params:
+            state = self.state[param]
+            if not state:
+                state.update(step=0, m=torch.zeros_like(param), v=torch.zeros_like(param))
+            state["step"] += 1
+            tensors = (local_part(tensor) for tensor in (param, gradient_of(param), state["m"], state["v"]))
+            rows.append(Row(state["step"], group["lr"] * self.rates.get(param, 1.0), *tensors))
+        options = group["betas"], group["eps"], group["weight_decay"]
+        suited = [row for row in rows if suits_the_compiled_loop(row)]
+        if sum(row.theta.numel() for row in suited) >= LARGE:
+            compiled_adamw_update(suited, *options)
+            rows = [row for row in rows if not suits_the_compiled_loop(row)]
+        if rows:
+            adamw_update(rows, *options)
 
 
 class Row(NamedTuple):
-    """A parameter with what its update needs; `step` counts from 1."""
+    """A parameter with what its update needs; `step` counts from 1, `lr` is its own."""
 
     step: int
+    lr: float
     theta: Tensor
     gradient: Tensor
     m: Tensor
     v: Tensor
 
 
-def adamw_update(rows: list[Row], lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+def adamw_update(rows: list[Row], betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """One update of all rows in place, by the formulas in the docstring of `AdamW`."""
     beta1, beta2 = betas
-    _, thetas, gradients, ms, vs = (list(column) for column in zip(*rows, strict=True))
-    rates = [lr * math.sqrt(1 - beta2**row.step) / (1 - beta1**row.step) for row in rows]
-    torch._foreach_mul_(thetas, 1 - lr * weight_decay)
+    _, _, thetas, gradients, ms, vs = (list(column) for column in zip(*rows, strict=True))
+    rates = [row.lr * math.sqrt(1 - beta2**row.step) / (1 - beta1**row.step) for row in rows]
+    torch._foreach_mul_(thetas, [1 - row.lr * weight_decay for row in rows])
     torch._foreach_lerp_(ms, gradients, 1 - beta1)
     torch._foreach_mul_(vs, beta2)
     torch._foreach_addcmul_(vs, gradients, gradients, 1 - beta2)
@@ -128,7 +145,7 @@ def adamw_update(rows: list[Row], lr: float, betas: tuple[float, float], eps: fl
 
 def suits_the_compiled_loop(row: Row) -> bool:
     """Whether all tensors are float32 on a CPU, and those that are written each one block of memory."""
-    _, theta, gradient, m, v = row
+    _, _, theta, gradient, m, v = row
     return (
         theta.is_cpu
         and all(tensor.dtype == torch.float32 for tensor in (theta, gradient, m, v))
@@ -136,9 +153,7 @@ def suits_the_compiled_loop(row: Row) -> bool:
     )
 
 
-def compiled_adamw_update(
-    rows: list[Row], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> None:
+def compiled_adamw_update(rows: list[Row], betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """`adamw_update` in one walk over memory, where `adamw_update` takes one for each of its operations.
 
     Every element is computed alone, and without fused multiply-adds: the result does not depend on pieces and threads.
@@ -146,7 +161,7 @@ def compiled_adamw_update(
     update = compiled_update_elements()
     beta1, beta2 = betas
     pieces = []
-    for step, *tensors in rows:
+    for step, lr, *tensors in rows:
         rate = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
         numbers = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, rate)
         arrays = [tensor.detach().contiguous().numpy().reshape(-1) for tensor in tensors]
@@ -197,6 +212,128 @@ def update_elements(
         m[i] += new_m * (gradient[i] - m[i])
         v[i] = old_v * v[i] + new_v * (gradient[i] * gradient[i])
         theta[i] = old_theta * theta[i] - rate * m[i] / (math.sqrt(v[i]) + eps)
+
+
+class Muon(AdamW):
+    """Matrices move along the nearest orthogonal matrix of their momentum, everything else by AdamW.
+
+    With m <- momentum m + (1 - momentum) g and Nesterov's look ahead, momentum m + (1 - momentum) g, the update is
+    U V^T of its singular value decomposition U S V^T: all directions that a matrix has are learned at one speed, not
+    only the few that dominate a gradient (Jordan et al. 2024, "Muon"). Scaled to entries of root mean square 0.2, it is
+    as long as AdamW's usual one, so that both take about the same learning rate and weight decay (Liu et al. 2025,
+    "Muon is scalable for LLM training", section 2.2).
+
+    "normuon" divides each row of U V^T, which is what one neuron learns, by the root of a running mean of its squares
+    before that (Li et al. 2025, "NorMuon", algorithm 1): no neuron is left behind.
+
+    With several processes each orthogonalises its share of the matrices, and all get the results; gradients and state
+    are the same everywhere, as under DDP. The state of a matrix is `step`, `m` and, for normuon, `v` (rows, 1).
+
+    Args:
+        params: as AdamW's.
+        matrices: those of the parameters that are matrices in the sense of linear algebra: no embeddings, no gains.
+        variant: "muon" or "normuon".
+        momentum: decay rate of the matrices' first moment; that of normuon's second moment is betas[1].
+        options: as AdamW's.
+
+    Raises:
+        ValueError: a matrix with other than two dimensions, or one of which this process has a part only (FSDP).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        matrices: Iterable[Tensor],
+        variant: Literal["muon", "normuon"] = "muon",
+        momentum: float = 0.95,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, **options)
+        self.matrices = set(matrices)
+        self.variant, self.momentum = variant, momentum
+        for matrix in self.matrices:
+            if matrix.ndim != 2:
+                raise ValueError(f"a parameter of shape {tuple(matrix.shape)} is no matrix: leave it to AdamW")
+            if local_part(matrix) is not matrix:
+                raise ValueError(f"{variant} needs whole matrices, and FSDP cuts them: use trainer.strategy=ddp")
+
+    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update these parameters of a group; all have a gradient."""
+        super().update([param for param in params if param not in self.matrices], group)
+        by_shape = defaultdict(list)
+        for param in params:
+            if param in self.matrices:
+                by_shape[param.shape].append(param)
+        for alike in by_shape.values():
+            self.update_matrices(alike, group)
+
+    def update_matrices(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update matrices of one shape, stacked: many small products in one."""
+        states = [self.state[param] for param in params]
+        for param, state in zip(params, states, strict=True):
+            if not state:
+                state.update(step=0, m=torch.zeros_like(param))
+                if self.variant == "normuon":
+                    state["v"] = torch.zeros_like(param[:, :1])
+            state["step"] += 1
+        momenta = [state["m"] for state in states]
+        gradients = [gradient_of(param) for param in params]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+        directions = orthogonalise_together(torch.stack(torch._foreach_lerp(gradients, momenta, self.momentum)))
+        rows, columns = params[0].shape
+        if self.variant == "muon":
+            directions *= 0.2 * math.sqrt(max(rows, columns))
+        else:
+            beta2 = group["betas"][1]
+            squares = torch.stack([state["v"] for state in states])
+            squares.lerp_(directions.square().mean(-1, keepdim=True).to(squares.dtype), 1 - beta2)
+            torch._foreach_copy_([state["v"] for state in states], list(squares))
+            directions /= squares.sqrt() + group["eps"]
+            norms = torch.linalg.vector_norm(directions, dim=(-2, -1), keepdim=True)
+            directions *= 0.2 * math.sqrt(rows * columns) / (norms + group["eps"])
+        rates = [group["lr"] * self.rates.get(param, 1.0) for param in params]
+        torch._foreach_mul_(params, [1 - rate * group["weight_decay"] for rate in rates])
+        steps = list(directions)
+        torch._foreach_mul_(steps, rates)
+        torch._foreach_sub_(params, steps)
+
+
+def orthogonalise_together(matrices: Float[Tensor, "batch rows columns"]) -> Float[Tensor, "batch rows columns"]:
+    """`orthogonalise`, each process taking an equal share of the batch, with the whole result for all of them."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return orthogonalise(matrices)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    share = -(-len(matrices) // world_size)
+    own = matrices.new_zeros(share, *matrices.shape[1:])  # the last shares may be short, or empty
+    mine = matrices[rank * share : (rank + 1) * share]
+    own[: len(mine)] = orthogonalise(mine)
+    everything = matrices.new_empty(world_size * share, *matrices.shape[1:])
+    dist.all_gather_into_tensor(everything, own)
+    return everything[: len(matrices)]
+
+
+def orthogonalise(matrices: Float[Tensor, "batch rows columns"], steps: int = 5) -> Float[Tensor, "batch rows columns"]:
+    """Near U V^T for each matrix U S V^T: its singular values become 1, give or take 0.3.
+
+    The Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X moves every singular value by the polynomial
+    a s + b s^3 + c s^5, whose coefficients (Jordan et al. 2024) lift small ones quickest: five rounds bring all from
+    0.002 on near 1. It needs products alone, and on a GPU the digits of bfloat16 suffice for it.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    rows, columns = matrices.shape[-2:]
+    x = matrices.mT if rows > columns else matrices  # the smaller of the two products X X^T
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if rows > columns else x).to(matrices.dtype)
+
+
+def gradient_of(param: Tensor) -> Tensor:
+    """The gradient of a parameter that is known to have one."""
+    assert param.grad is not None
+    return param.grad
 
 
 def local_part(tensor: Tensor) -> Tensor:

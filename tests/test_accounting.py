@@ -23,7 +23,14 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.norm}-{c.ffn}-{c.head}")
+OPTIONS = [
+    dataclasses.replace(SMALL, ffn="relu2", d_ff=192),
+    dataclasses.replace(SMALL, qk_norm=True, gated_attention=True),
+    dataclasses.replace(SMALL, value_embeddings=True, unet_skips=True, logit_softcap=15.0, head="tied"),
+]
+
+
+@pytest.mark.parametrize("config", VARIANTS + OPTIONS, ids=lambda c: f"{c.norm}-{c.ffn}-{c.head}")
 def test_parameters_and_flops_equal_the_models(config: TransformerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch's counter and with the formulas that the compiler sees: the eager functions skip masked scores."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -136,6 +143,12 @@ MEMORY = TransformerConfig(vocab_size=1000, context_length=128, num_layers=4, nu
         pytest.param({"norm": "none", "position": "none"}, 8, "32-true", marks=pytest.mark.slow),
         pytest.param({"attention": "fused"}, 8, "32-true", marks=pytest.mark.slow),
         pytest.param({"attention": "fused"}, 8, "bf16-mixed", marks=pytest.mark.slow),
+        ({"qk_norm": True, "gated_attention": True}, 8, "32-true"),
+        pytest.param({"qk_norm": True, "gated_attention": True}, 8, "bf16-mixed", marks=pytest.mark.slow),
+        pytest.param({"ffn": "relu2", "d_ff": 256, "logit_softcap": 15.0}, 8, "32-true", marks=pytest.mark.slow),
+        pytest.param({"ffn": "relu2", "d_ff": 256}, 8, "bf16-mixed", marks=pytest.mark.slow),
+        pytest.param({"value_embeddings": True, "unet_skips": True}, 8, "32-true", marks=pytest.mark.slow),
+        pytest.param({"value_embeddings": True, "unet_skips": True}, 8, "bf16-mixed", marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -21,6 +21,7 @@ from lm.checkpoint import load_model
 from lm.data import WindowOrder, get_batch, open_split
 from lm.model import TransformerConfig, TransformerLM
 from lm.module import LanguageModel, LearningRate, OptimizerConfig, ScheduleConfig, TokenLoss
+from lm.optim import Muon
 
 RUN = Path("logs/toy/version_0")
 Fit = Callable[..., int]
@@ -72,6 +73,8 @@ def test_a_resumed_schedule_is_the_one_given_now() -> None:
         (lambda: OptimizerConfig(lr=0.0), "lr=0.0 must be positive"),
         (lambda: OptimizerConfig(lr=math.nan), "lr=nan must be positive"),
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), "betas="),
+        (lambda: OptimizerConfig(matrix_lr=0.0), "matrix_lr=0.0 must be positive"),
+        (lambda: OptimizerConfig(momentum=1.0), "momentum=1.0 must be in"),
         (lambda: OptimizerConfig(weight_decay=-0.1), "weight_decay=-0.1 must not be negative"),
         (lambda: ScheduleConfig(warmup_steps=-1), "warmup_steps=-1 must not be negative"),
         (lambda: ScheduleConfig(min_lr_ratio=1.5), "min_lr_ratio=1.5 must be in"),
@@ -80,6 +83,30 @@ def test_a_resumed_schedule_is_the_one_given_now() -> None:
 def test_settings_out_of_range_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("matrices", ["adamw", "normuon"])
+def test_every_part_of_the_model_has_its_own_rate(matrices: Any) -> None:
+    config = TransformerConfig(40, 12, 3, 2, 16, 32, qk_norm=True, value_embeddings=True, unet_skips=True)
+    model = TransformerLM(config)
+    rates = {"matrix_lr": 0.4, "embedding_lr": 0.3, "head_lr": 0.2, "scalar_lr": 0.1}
+    optimizer = OptimizerConfig(lr=0.1, matrices=matrices, **rates).make(model)
+    names = {name: round(optimizer.rates[parameter], 6) for name, parameter in model.named_parameters()}
+    assert names["layers.0.attn.q_proj.weight"] == names["layers.2.ffn.w3.weight"] == 4
+    assert names["token_embeddings.weight"] == names["value_embeddings.0.weight"] == 3
+    assert names["lm_head.weight"] == 2
+    assert names["layers.1.attn.q_norm.weight"] == names["skips"] == names["ln_final.weight"] == 1
+    assert len(optimizer.param_groups) == 1
+    if matrices == "normuon":
+        assert isinstance(optimizer, Muon)
+        assert len(optimizer.matrices) == 3 * 7
+        assert all(optimizer.rates[matrix] == pytest.approx(4) for matrix in optimizer.matrices)
+
+
+def test_a_rate_for_a_head_that_is_not_there_is_refused() -> None:
+    tied = TransformerLM(TransformerConfig(40, 12, 1, 2, 16, 32, head="tied"))
+    with pytest.raises(ValueError, match=r"head_lr=0\.1, but head=tied"):
+        OptimizerConfig(head_lr=0.1).make(tied)
 
 
 # -------------------------------------------------------------------------------------------------------- validation
@@ -199,6 +226,20 @@ def test_compiled_or_not_the_run_is_the_same_and_checkpoints_go_both_ways(datase
     assert [row["step"] for row in a if "lr" in row] == list(range(1, 11))
     for one, other in zip(a, b, strict=True):
         assert other == pytest.approx(one, abs=1e-3)
+
+
+def test_a_checkpoint_from_before_an_option_goes_on_and_one_of_another_optimizer_is_refused(fit: Fit) -> None:
+    assert fit("--trainer.max_steps=4") == 0
+    path = max(RUN.glob("checkpoints/*.ckpt"))
+    contents = torch.load(path, weights_only=True)
+    for name in ("init", "qk_norm", "gated_attention", "value_embeddings", "unet_skips", "logit_softcap"):
+        del contents["transformer"][name]
+    del contents["matrices"]
+    torch.save(contents, "old.ckpt")
+    tied = "--model.transformer.head=tied"  # as configs/builtin.yaml, which is not below a checkpoint without its run
+    assert fit("--ckpt_path=old.ckpt", tied) == 0
+    assert [row["step"] for row in rows(RUN.with_name("version_1")) if "lr" in row] == list(range(5, 9))
+    assert fit("--ckpt_path=old.ckpt", tied, "--model.optimizer.matrices=muon") == 2
 
 
 def test_a_checkpoint_is_plain_and_names_its_model(fit: Fit) -> None:

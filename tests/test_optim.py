@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lm import optim
-from lm.optim import SGD, AdamW, clip_gradients, cosine_schedule, trapezoid_schedule
+from lm.optim import SGD, AdamW, Muon, clip_gradients, cosine_schedule, orthogonalise, trapezoid_schedule
 
 
 def small_net():
@@ -230,6 +230,141 @@ def test_two_processes_with_sharded_parameters_equal_one(tmp_path):
         optimizer.step()
     torch.testing.assert_close(norm, expected)
     torch.testing.assert_close(weights, [p.detach() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 20, 7), (1, 7, 20)], ids=str)
+def test_orthogonalising_keeps_the_directions_and_evens_out_their_strength(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for matrix, result in zip(matrices, orthogonalise(matrices), strict=True):
+        u, strengths, vt = torch.linalg.svd(matrix, full_matrices=False)
+        inside = u.T @ result @ vt.T
+        assert strengths.max() / strengths.min() > 2
+        assert inside.diag().min() > 0.65
+        assert inside.diag().max() < 1.25
+        torch.testing.assert_close(inside, inside.diag().diag(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(result, orthogonalise(matrix[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_orthogonalising_zeros_gives_zeros():
+    assert orthogonalise(torch.zeros(2, 3, 4)).eq(0).all()
+
+
+def muon_over(net, variant, **options):
+    """Muon for the two matrices of `small_net`, AdamW for its bias."""
+    return Muon(net.parameters(), [p for p in net.parameters() if p.ndim == 2], variant, **options)
+
+
+@pytest.mark.parametrize("variant", ["muon", "normuon"])
+def test_muon_is_the_formula_written_out(variant):
+    matrix = nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+    optimizer = Muon([matrix], [matrix], variant, 0.9, lr=0.1, betas=(0.9, 0.8), weight_decay=0.5)
+    expected, m, v = matrix.detach().clone(), 0, 0
+    for t in range(5):
+        gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(1 + t))
+        matrix.grad = gradient.clone()
+        optimizer.step()
+        m = 0.9 * m + 0.1 * gradient
+        update = orthogonalise((0.9 * m + 0.1 * gradient)[None])[0]
+        if variant == "muon":
+            update = 0.2 * math.sqrt(6) * update
+        else:
+            v = 0.8 * v + 0.2 * update.square().mean(1, keepdim=True)
+            update = update / v.sqrt()
+            update = 0.2 * update / update.square().mean().sqrt()
+        expected = expected - 0.1 * 0.5 * expected - 0.1 * update
+        assert update.square().mean().sqrt() == pytest.approx(0.2, abs=0.05)
+    torch.testing.assert_close(matrix.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_leaves_the_rest_to_adamw():
+    nets = [small_net(), small_net()]
+    train(nets[0], muon_over(nets[0], "muon", lr=1e-2), 1)
+    train(nets[1], AdamW(nets[1].parameters(), lr=1e-2), 1)
+    assert torch.equal(nets[0][0].bias, nets[1][0].bias)
+    assert not torch.allclose(nets[0][0].weight, nets[1][0].weight)
+
+
+@pytest.mark.parametrize("variant", ["muon", "normuon"])
+def test_matrices_of_one_shape_do_not_see_each_other(variant):
+    def run(count):
+        torch.manual_seed(0)
+        matrices = [nn.Parameter(torch.randn(5, 9)) for _ in range(3)]
+        for matrix in matrices:
+            matrix.grad = torch.randn(5, 9)
+        optimizer = Muon(matrices[:count], matrices[:count], variant)
+        for _ in range(3):
+            optimizer.step()
+        return matrices[0].detach()
+
+    torch.testing.assert_close(run(1), run(3))
+
+
+def test_a_rate_of_its_own_is_that_of_an_optimizer_of_its_own():
+    for make in (lambda p, **o: AdamW([p], **o), lambda p, **o: Muon([p], [p], **o)):
+        results = []
+        for lr, rate in ((0.06, 1.0), (0.02, 3.0)):
+            parameter = nn.Parameter(torch.arange(12.0).reshape(3, 4))
+            optimizer = make(parameter, lr=lr, weight_decay=0.1, rates={parameter: rate})
+            for step in range(3):
+                parameter.grad = torch.sin(parameter.detach() + step)
+                optimizer.step()
+            results.append(parameter.detach())
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("variant", ["muon", "normuon"])
+def test_muon_goes_on_bit_for_bit_from_its_state(variant, tmp_path):
+    net = small_net()
+    optimizer = muon_over(net, variant, lr=1e-2)
+    train(net, optimizer, 5)
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    train(net, optimizer, 5, seed=1)
+
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = small_net()
+    resumed.load_state_dict(saved["net"])
+    again = muon_over(resumed, variant)
+    again.load_state_dict(saved["optimizer"])
+    train(resumed, again, 5, seed=1)
+    for a, b in zip(net.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_muon_refuses_what_is_no_matrix():
+    vector = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"shape \(3,\) is no matrix"):
+        Muon([vector], [vector])
+
+
+def muon_with_others(rank, port, results):
+    """Three steps in which each of two processes orthogonalises its share; both put their weights into `results`."""
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.save(three_muon_steps(), f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def three_muon_steps():
+    """Three matrices of one shape, which two processes cannot share equally, and one of another."""
+    torch.manual_seed(0)
+    matrices = [nn.Parameter(torch.randn(shape)) for shape in [(8, 6), (8, 6), (8, 6), (4, 9)]]
+    optimizer = Muon(matrices, matrices, "normuon", lr=0.1)
+    for step in range(3):
+        for matrix in matrices:
+            matrix.grad = torch.cos(matrix.detach() + step)
+        optimizer.step()
+    return [matrix.detach() for matrix in matrices] + [optimizer.state[matrices[2]]["v"]]
+
+
+@pytest.mark.slow
+def test_two_processes_share_muons_work_and_equal_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(muon_with_others, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for a, b, alone in zip(first, second, three_muon_steps(), strict=True):
+        assert torch.equal(a, b), "replicas must not drift apart"
+        torch.testing.assert_close(a, alone)
 
 
 @pytest.mark.parametrize("optimizer_class", [SGD, AdamW])

@@ -131,10 +131,17 @@ VARIANTS = {
     "workers": ["--data.num_workers=2"],
     "epochs": ["--data.windows=epoch", "--data.batch_size=32"],  # an epoch has 217 windows
     "device": ["--data.tokens_on=device"],
+    "leaderboard": [
+        "--model.optimizer.matrices=normuon",
+        "--model.optimizer.embedding_lr=0.01",
+        "--model.transformer.qk_norm=true",
+        "--model.transformer.value_embeddings=true",
+        "--model.z_loss=0.001",
+    ],
 }
 
 
-@pytest.mark.parametrize("variant", ["plain", "accumulation"])
+@pytest.mark.parametrize("variant", ["accumulation", "leaderboard"])
 def test_a_run_stopped_in_every_single_step_equals_the_unbroken_one(runs: Runs, variant: str) -> None:
     assert runs.fit("whole", *VARIANTS[variant]) == 0
     seen, runs.batches = runs.batches, []
