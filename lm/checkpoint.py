@@ -512,6 +512,8 @@ def _settings_behind(
 def load_model(path: PathLike, device: str | torch.device = "cpu") -> tuple[TransformerLM, dict[str, Any]]:
     """Rebuild the model of any checkpoint of this project, in evaluation mode.
 
+    Where the run was averaging its weights, with the mean: its val/loss is that of the mean, too.
+
     Args:
         path: a checkpoint file, or a run directory for its best one.
         device: where the weights go.
@@ -525,7 +527,7 @@ def load_model(path: PathLike, device: str | torch.device = "cpu") -> tuple[Tran
     """
     path = best_checkpoint(path) if Path(path).is_dir() else Path(path)
     contents = read_checkpoint(path)
-    state = contents.get("state_dict", contents.get("model"))
+    state = contents.get("averaged") or contents.get("state_dict", contents.get("model"))
     if not isinstance(contents.get("transformer"), dict) or not isinstance(state, dict):
         raise CheckpointError(f"{path} has no model configuration: it was not written by this project")
     try:

@@ -51,7 +51,9 @@ def weight_names(config: TransformerConfig) -> dict[str, tuple[str, str]]:
 
 def require_llama(config: TransformerConfig) -> None:
     """Raise `ValueError`, naming the settings, for a model that Llama's architecture cannot express."""
-    llama = {"norm": "pre", "position": "rope", "ffn": "swiglu"}
+    llama: dict[str, Any] = {"norm": "pre", "position": "rope", "ffn": "swiglu"}
+    llama |= dict.fromkeys(("qk_norm", "gated_attention", "value_embeddings", "unet_skips"), False)
+    llama["logit_softcap"] = None
     differing = [f"{name}={getattr(config, name)}" for name, value in llama.items() if getattr(config, name) != value]
     if differing:
         wanted = ", ".join(f"{name}={value}" for name, value in llama.items())

@@ -6,7 +6,7 @@ The loops, devices and precisions are Lightning's; every formula is this project
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -114,6 +114,10 @@ class ScheduleConfig:
         min_lr_ratio: the last rate as a share of the highest.
         decay_ratio: trapezoid only: the share of the run in which the rate falls.
         follow: the run's length is `trainer.max_steps`, or what the clock allows (`run.max_minutes`).
+        average_ratio: the share of the run, at its end, over whose updates the weights are averaged. From then on
+            validation, samples and whatever loads a checkpoint use the mean; training goes on with the last weights.
+        context_lengths: tokens that a position may look back over, from these shares of the run on: {0.0: 128, 0.3:
+            256}. The training windows are cut into pieces of that length, so the tokens of an update stay the same.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -124,13 +128,23 @@ class ScheduleConfig:
     min_lr_ratio: float = 0.1
     decay_ratio: float = 0.3
     follow: Literal["steps", "clock"] = "steps"
+    average_ratio: float = 0.0
+    context_lengths: dict[float, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
-        for name in ("min_lr_ratio", "decay_ratio"):
+        for name in ("min_lr_ratio", "decay_ratio", "average_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
+        for share, length in self.context_lengths.items():
+            if not (0 <= share < 1 and length > 0):
+                raise ValueError(f"context_lengths={self.context_lengths} must give lengths for shares in [0, 1)")
+
+    def context_length(self, progress: float) -> int | None:
+        """Tokens per piece of a window at this share of the run; None for whole windows."""
+        lengths = [length for share, length in sorted(self.context_lengths.items()) if share <= progress]
+        return lengths[-1] if lengths else None
 
     def rate(self, step: int, num_steps: float, max_lr: float) -> float:
         """The learning rate of update `step`, counted from 1, of a run of `num_steps`: the last one has the minimum."""
@@ -206,6 +220,7 @@ class LanguageModel(LightningModule):
         grad_norm: norm of all gradients before clipping at the last update.
         nonfinite: True on the device once a loss or gradient norm was NaN or infinite.
         clock_progress: share of the time that has gone by, kept by `RunControl`; None without a cap.
+        averaged: the mean of the weights since averaging began, by name; empty before.
     """
 
     model: TransformerLM
@@ -241,6 +256,15 @@ class LanguageModel(LightningModule):
         self.loss: Callable[..., Tensor] = self.compute_loss
         self.clock_progress: float | None = None
         self.validation_result: dict[str, float] = {}
+        self.averaged: dict[str, Tensor] = {}
+        self.num_averaged = 0
+        self.last_weights: dict[str, Tensor] = {}  # while the mean stands in their place
+        for length in schedule.context_lengths.values():
+            if transformer.context_length % length:
+                raise ValueError(
+                    f"context_lengths={schedule.context_lengths}: {length} must divide "
+                    f"context_length={transformer.context_length}"
+                )
 
     # ---------------------------------------------------------------------------------------------------- network
 
@@ -261,6 +285,11 @@ class LanguageModel(LightningModule):
         reset_seed()  # whatever preparing the data has drawn from the generators
         self.model = TransformerLM(self.transformer)
         if self.device_mesh is not None:
+            if self.schedule.average_ratio:
+                raise ValueError(
+                    f"average_ratio={self.schedule.average_ratio} needs whole weights, and FSDP cuts them: "
+                    "use trainer.strategy=ddp"
+                )
             shard(self.model, self.device_mesh["data_parallel"])
         compile_loss = self.compile_loss
         if compile_loss is None:
@@ -300,6 +329,9 @@ class LanguageModel(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
         inputs, targets = batch
+        done = self.trainer.global_step
+        if length := self.schedule.context_length(done / self.num_steps(done)):
+            inputs, targets = inputs.view(-1, length), targets.view(-1, length)
         loss = self.loss(inputs, targets, self.z_loss)
         self.step_loss += loss.detach() / self.trainer.accumulate_grad_batches
         return loss
@@ -324,15 +356,43 @@ class LanguageModel(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Lightning's call once per update."""
         scheduler.step()
+        begin = (1 - self.schedule.average_ratio) * self.num_steps(scheduler.num_updates)
+        if self.averaged or scheduler.num_updates > begin:
+            self.average_weights()
 
-    def learning_rate(self, step: int) -> float:
-        """The rate of update `step`, counted from 1. By the clock, the run's length is estimated anew at each step."""
+    def num_steps(self, step: int) -> float:
+        """Updates in the whole run. By the clock, that is estimated anew at each step; `step` of them are done."""
         num_steps = float(self.trainer.max_steps) if self.trainer.max_steps > 0 else math.inf
         if self.schedule.follow == "clock" and self.clock_progress:
             num_steps = min(num_steps, step / self.clock_progress)
-        return self.schedule.rate(step, num_steps, self.optimizer_config.lr)
+        return num_steps
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of update `step`, counted from 1."""
+        return self.schedule.rate(step, self.num_steps(step), self.optimizer_config.lr)
+
+    @torch.no_grad()
+    def average_weights(self) -> None:
+        """Take the present weights into their mean, which is kept in float32."""
+        weights = {name: parameter.float() for name, parameter in self.model.named_parameters()}
+        self.averaged = self.averaged or {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        self.num_averaged += 1
+        torch._foreach_lerp_(list(self.averaged.values()), list(weights.values()), 1 / self.num_averaged)
 
     # ------------------------------------------------------------------------------------------------- validation
+
+    def on_validation_start(self) -> None:
+        """Put the mean of the weights in the place of the last ones, if there is one."""
+        for name, mean in self.averaged.items():
+            parameter = self.model.get_parameter(name)
+            self.last_weights[name] = parameter.data
+            parameter.data = mean.to(parameter.dtype)
+
+    def on_validation_end(self) -> None:
+        """Put the last weights back; the samples are written by now."""
+        for name, weight in self.last_weights.items():
+            self.model.get_parameter(name).data = weight
+        self.last_weights = {}
 
     def on_validation_epoch_start(self) -> None:
         """Sums anew; made here and not in `__init__`, so that no precision plugin turns them into bfloat16."""
@@ -368,6 +428,8 @@ class LanguageModel(LightningModule):
         """Store the model's configuration as plain values: equal shapes do not make equal models (norm pre, post)."""
         checkpoint["transformer"] = asdict(self.transformer)
         checkpoint["matrices"] = self.optimizer_config.matrices
+        if self.averaged:
+            checkpoint["averaged"], checkpoint["num_averaged"] = self.averaged, self.num_averaged
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another model and, to go on training, the state of another optimizer.
@@ -379,7 +441,7 @@ class LanguageModel(LightningModule):
         """
         if "transformer" not in checkpoint:
             raise ValueError("the checkpoint has no model configuration: it was not written by `python -m lm fit`")
-        defaults = {field.name: field.default for field in fields(TransformerConfig)}
+        defaults = {setting.name: setting.default for setting in fields(TransformerConfig)}
         saved, current = defaults | checkpoint["transformer"], asdict(self.transformer)
         if self.trainer.training:
             saved["matrices"], current["matrices"] = checkpoint.get("matrices", "adamw"), self.optimizer_config.matrices
@@ -390,6 +452,8 @@ class LanguageModel(LightningModule):
         ]
         if changed:
             raise ValueError("the checkpoint is of another model: " + "; ".join(changed))
+        self.averaged = {name: mean.to(self.device) for name, mean in checkpoint.get("averaged", {}).items()}
+        self.num_averaged = checkpoint.get("num_averaged", 0)
 
 
 # What may change between a checkpoint and its use: the weights mean the same.

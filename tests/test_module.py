@@ -78,6 +78,8 @@ def test_a_resumed_schedule_is_the_one_given_now() -> None:
         (lambda: OptimizerConfig(weight_decay=-0.1), "weight_decay=-0.1 must not be negative"),
         (lambda: ScheduleConfig(warmup_steps=-1), "warmup_steps=-1 must not be negative"),
         (lambda: ScheduleConfig(min_lr_ratio=1.5), "min_lr_ratio=1.5 must be in"),
+        (lambda: ScheduleConfig(average_ratio=-0.5), "average_ratio=-0.5 must be in"),
+        (lambda: ScheduleConfig(context_lengths={1.0: 8}), "must give lengths for shares"),
     ],
 )
 def test_settings_out_of_range_are_refused(make: Callable[[], Any], message: str) -> None:
@@ -122,8 +124,10 @@ def test_the_mean_over_batches_of_different_sizes_is_that_over_tokens() -> None:
     assert metric.compute().dtype == torch.float64
 
 
-def test_the_validation_loss_is_that_of_torch_over_every_target(fit: Fit, dataset: Path) -> None:
-    assert fit("--data.val_batch_size=3") == 0
+@pytest.mark.parametrize("argument", ["--data.val_batch_size=3", "--model.schedule.average_ratio=0.5"])
+def test_the_validation_loss_is_that_of_torch_over_every_target(fit: Fit, dataset: Path, argument: str) -> None:
+    """With the weights that `load_model` gives: the mean, where the run averages."""
+    assert fit(argument) == 0
     model, _ = load_model(max(RUN.glob("checkpoints/*.ckpt")))
     tokens = torch.from_numpy(open_split(dataset, "valid")[:].astype("int64"))
     nats, context = 0.0, 16
@@ -142,9 +146,11 @@ def test_the_validation_loss_is_that_of_torch_over_every_target(fit: Fit, datase
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def test_the_trainer_takes_the_steps_of_a_plain_loop(fit: Fit, dataset: Path) -> None:
+@pytest.mark.parametrize("staged", [False, True], ids=["plain", "staged"])
+def test_the_trainer_takes_the_steps_of_a_plain_loop(fit: Fit, dataset: Path, staged: bool) -> None:
     """The same windows, clipping, rate and AdamW (torch's) in ten lines give the same losses."""
-    assert fit("--trainer.gradient_clip_val=0.5", "--seed_everything=3") == 0
+    stages = ["--model.schedule.context_lengths={0.0: 4, 0.5: 8}", "--data.batch_schedule={3: 6, 7: 2}"]
+    assert fit("--trainer.gradient_clip_val=0.5", "--seed_everything=3", *(stages if staged else [])) == 0
     torch.manual_seed(3)
     config = TransformerConfig(
         vocab_size=257, context_length=16, num_layers=1, num_heads=2, d_model=16, d_ff=32, head="tied"
@@ -155,8 +161,10 @@ def test_the_trainer_takes_the_steps_of_a_plain_loop(fit: Fit, dataset: Path) ->
     order = WindowOrder(len(tokens), 16, seed=3)
     logged = [row for row in rows(RUN) if "train/loss" in row]
     assert len(logged) == 8
+    sizes, lengths = ([4, 4, 4, 6, 6, 6, 6, 2], [4] * 4 + [8] * 4) if staged else ([4] * 8, [16] * 8)
     for step, row in enumerate(logged, start=1):
-        inputs, targets = get_batch(tokens, 4, 16, "cpu", order.starts((step - 1) * 4, 4))
+        starts = order.starts(sum(sizes[: step - 1]), sizes[step - 1])
+        inputs, targets = (x.view(-1, lengths[step - 1]) for x in get_batch(tokens, len(starts), 16, "cpu", starts))
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -166,7 +174,40 @@ def test_the_trainer_takes_the_steps_of_a_plain_loop(fit: Fit, dataset: Path) ->
         assert row["train/loss"] == pytest.approx(loss.item(), abs=1e-4)
         assert row["grad_norm"] == pytest.approx(norm.item(), abs=1e-3)
         assert row["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
-        assert row["tokens_seen"] == step * 64
+        assert row["tokens_seen"] == 16 * sum(sizes[:step])
+
+
+def test_the_mean_is_that_of_the_weights_after_each_update_of_the_tail(fit: Fit) -> None:
+    every = ["--run.checkpoint_every_n_steps=1", "--run.keep_checkpoints=99"]
+    assert fit("--model.schedule.average_ratio=0.4", *every) == 0
+    saved = [torch.load(path, weights_only=True) for path in sorted(RUN.glob("checkpoints/*.ckpt"))]
+    assert [checkpoint.get("num_averaged", 0) for checkpoint in saved] == [0, 0, 0, 0, 1, 2, 3, 4]
+    for name, mean in saved[-1]["averaged"].items():
+        tail = torch.stack([checkpoint["state_dict"][f"model.{name}"] for checkpoint in saved[4:]])
+        torch.testing.assert_close(mean, tail.mean(0))
+        assert not torch.equal(mean, tail[-1]), "training goes on with the last weights"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.optimizer.matrices=muon", "muon needs whole matrices"),
+        ("--model.schedule.average_ratio=0.1", "average_ratio=0.1 needs whole weights"),
+    ],
+)
+def test_what_needs_whole_tensors_is_refused_under_fsdp(
+    fit: Fit, option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        assert fit(option, "--trainer.strategy=fsdp2") == 2
+    finally:
+        torch.distributed.destroy_process_group()
+    assert message in capsys.readouterr().err
+
+
+def test_a_context_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="100 must divide context_length=256"):
+        LanguageModel(TransformerConfig(vocab_size=257), schedule=ScheduleConfig(context_lengths={0.0: 100}))
 
 
 def test_accumulated_batches_are_one_larger_batch(fit: Fit) -> None:
