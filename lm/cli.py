@@ -27,7 +27,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, duration, figures
+from lm.bundle import write_bundle
+from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, device_name, duration, figures
 from lm.checkpoint import AtomicCheckpointIO, best_checkpoint, check_folder, find_run, lock_run, newest_checkpoint
 from lm.control import RunConfig, RunControl, Signals, Stopped
 from lm.data import TokenDataModule
@@ -231,6 +232,9 @@ class CLI(LightningCLI):
         print(f"\nfinished: {tokens}, {duration(control.clock.now())} in all")
         if self.model.validation_result:
             print(f"validation: {figures(self.model.validation_result)}")
+        if config.bundle == "leaderboard":
+            bundle = write_bundle(control.directory, self.datamodule.directory, device_name(self.trainer))
+            print(f"to hand in: {bundle}")
         if self.samples.text:
             print(f"sample:\n{indent(self.samples.text)}")
         print(

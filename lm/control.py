@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, Literal, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -39,6 +39,7 @@ class RunConfig:
             checks for NaN.
         sample_prompt: what the sample texts start with.
         sample_tokens: their length; 0 for none.
+        bundle: "leaderboard" gathers at the end what one hands in there, in the run's folder (lm/bundle.py).
 
     Raises:
         ValueError: a setting is out of its range.
@@ -54,6 +55,7 @@ class RunConfig:
     sync_every_n_steps: int = 10
     sample_prompt: str = ""
     sample_tokens: int = 128
+    bundle: Literal["none", "leaderboard"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("validate_every_n_steps", "keep_checkpoints", "timeout_minutes", "sync_every_n_steps"):

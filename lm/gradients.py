@@ -190,7 +190,7 @@ class LinearCrossEntropy(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, z_loss: float
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | int | None, z_loss: float | int
     ) -> Tensor:
         d_hidden, d_weight = torch.empty_like(hidden), None
         loss = torch.zeros((), device=hidden.device)
@@ -213,7 +213,9 @@ class LinearCrossEntropy(Function):
         return d_hidden * scale.to(d_hidden.dtype), d_weight * scale.to(d_weight.dtype), None, None, None
 
 
-def summed_loss_and_gradient_(logits: Tensor, targets: Tensor, softcap: float | None, z_loss: float) -> Tensor:
+def summed_loss_and_gradient_(
+    logits: Tensor, targets: Tensor, softcap: float | int | None, z_loss: float | int
+) -> Tensor:
     """The summed loss of `lm.functional.linear_cross_entropy`; the logits are overwritten with its gradient.
 
     That is softmax - onehot; with n = log sum exp and z = z_loss, softmax (1 + 2 z n) - onehot; and under c = softcap

@@ -81,7 +81,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level of dotted names.
 
     >>> flatten({"model": {"optimizer": {"lr": 0.1}}, "seed_everything": 0})
@@ -99,16 +99,21 @@ def find_runs(study: Path) -> list[Run]:
     versions = sorted(study.rglob("version_*/metrics.jsonl"), key=lambda path: int(path.parent.name.split("_")[1]))
     for metrics in versions:
         directory = metrics.parent
-        config, summary = directory / "config.yaml", directory / "summary.json"
         name = directory.parent.relative_to(study).as_posix() if directory.parent != study else directory.name
-        newest[name] = Run(
-            name=name,
-            directory=directory,
-            settings=flatten(yaml.safe_load(config.read_text()) or {}) if config.is_file() else {},
-            rows=read_metrics(metrics),
-            summary=json.loads(summary.read_text()) if summary.is_file() else {},
-        )
+        newest[name] = read_run(directory, name)
     return [newest[name] for name in sorted(newest)]
+
+
+def read_run(directory: Path, name: str) -> Run:
+    """The run in one `version_k`, as far as it has got."""
+    config, summary = directory / "config.yaml", directory / "summary.json"
+    return Run(
+        name=name,
+        directory=directory,
+        settings=flatten(yaml.safe_load(config.read_text()) or {}) if config.is_file() else {},
+        rows=read_metrics(directory / "metrics.jsonl"),
+        summary=json.loads(summary.read_text()) if summary.is_file() else {},
+    )
 
 
 def varied_settings(runs: Sequence[Run]) -> list[str]:

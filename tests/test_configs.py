@@ -12,7 +12,8 @@ from lm.cli import CLI, default_configs, find_problems
 from lm.control import Signals
 
 ROOT = Path(__file__).parents[1]
-BASES = sorted(ROOT.glob("configs/*.yaml"))
+LEADERBOARD = ROOT / "configs" / "leaderboard.yaml"
+BASES = sorted(path for path in ROOT.glob("configs/*.yaml") if path != LEADERBOARD)
 ABLATIONS = sorted(ROOT.glob("configs/ablations/*.yaml"))
 
 
@@ -79,6 +80,19 @@ def test_every_ablation_opens_with_its_question_and_changes_a_base(path: Path, c
     assert differing == own or path.stem == "tied", "a setting that changes nothing"
     assert "?" in path.read_text().split("\nmodel:")[0] or "meant" in path.read_text()
     assert len(own) <= 5
+
+
+@pytest.mark.parametrize("minutes", [90, 45])
+def test_the_leaderboard_is_a_base_with_a_cap(minutes: int, cli: CLI) -> None:
+    files = ("--config", str(ROOT / "configs/owt.yaml"), "--config", str(LEADERBOARD))
+    config = parse(cli, *files, *(() if minutes == 90 else ("--run.max_minutes", str(minutes))))
+    assert (config.run.max_minutes, config.run.bundle) == (minutes, "leaderboard")
+    assert (config.model.schedule.follow, config.trainer.max_steps) == ("clock", -1)
+    assert (config.data.val_context_length or config.data.context_length) == 512
+    assert (config.data.corpus, config.data.windows, config.data.tokens_on) == ("owt", "epoch", "device")
+    head = LEADERBOARD.read_text().split("\ndata:")[0]
+    assert "#   python -m lm fit --config configs/owt.yaml --config configs/leaderboard.yaml\n" in head
+    assert "Expected: " in head
 
 
 def test_files_merge_in_order_and_the_command_line_comes_last(cli: CLI, tmp_path: Path) -> None:

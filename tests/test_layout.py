@@ -16,8 +16,8 @@ tokenizer.kernels tokenizer.files tokenizer.progress tokenizer.chunks tokenizer.
 tokenizer.train tokenizer.bpe tokenizer.encode tokenizer tokenizer.stats tokenizer.show tokenizer.synthetic
 tokenizer.rivals tokenizer.bench tokenizer.__main__
 lm lm.gradients lm.functional lm.layers lm.model lm.optim lm.accounting lm.grammar lm.download lm.prepare lm.data
-lm.checkpoint lm.generate lm.export lm.module lm.control lm.callbacks lm.options lm.cli lm.bench lm.report lm.sweep
-lm.__main__
+lm.checkpoint lm.generate lm.export lm.module lm.control lm.callbacks lm.report lm.bundle lm.options lm.cli lm.bench
+lm.sweep lm.__main__
 """.split()
 
 # What should be readable alone is held to less than the order allows.
