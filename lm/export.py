@@ -5,13 +5,15 @@ neighbours (2j, 2j+1), in Hugging Face's Llama the halves (j, j + d/2); GGUF kee
 still right at position 0, and wrong everywhere else. What a Llama cannot express is refused.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from torch import Tensor
 
 from lm.generate import END_OF_TEXT, load
@@ -49,15 +51,26 @@ def weight_names(config: TransformerConfig) -> dict[str, tuple[str, str]]:
     return names
 
 
+# What a Llama is where this project has a choice, and what it may be at will. Every other setting, one that is still to
+# come as well, has to have its default, which leaves the model as it is.
+LLAMA = {"norm": "pre", "position": "rope", "ffn": "swiglu"}
+FREE = {"vocab_size", "context_length", "num_layers", "num_heads", "d_model", "d_ff", "rope_theta", "head"}
+NO_MATTER = {"attention", "activation_checkpointing"}  # how it is computed, not what
+
+
 def require_llama(config: TransformerConfig) -> None:
     """Raise `ValueError`, naming the settings, for a model that Llama's architecture cannot express."""
-    llama: dict[str, Any] = {"norm": "pre", "position": "rope", "ffn": "swiglu"}
-    llama |= dict.fromkeys(("qk_norm", "gated_attention", "value_embeddings", "unet_skips"), False)
-    llama["logit_softcap"] = None
-    differing = [f"{name}={getattr(config, name)}" for name, value in llama.items() if getattr(config, name) != value]
+    wanted = {
+        field.name: LLAMA.get(field.name, field.default)
+        for field in fields(config)
+        if field.name not in FREE | NO_MATTER
+    }
+    differing = {name: value for name, value in wanted.items() if getattr(config, name) != value}
     if differing:
-        wanted = ", ".join(f"{name}={value}" for name, value in llama.items())
-        raise ValueError(f"{', '.join(differing)} cannot be expressed by Llama's architecture, which is {wanted}")
+        raise ValueError(
+            f"{', '.join(f'{name}={getattr(config, name)}' for name in differing)} cannot be expressed by Llama's "
+            f"architecture, which has {', '.join(f'{name}={value}' for name, value in differing.items())}"
+        )
 
 
 def neighbours_to_halves(weight: Tensor, num_heads: int) -> Tensor:
@@ -86,7 +99,7 @@ def export_hf(model: TransformerLM, tokenizer: Tokenizer, directory: Path, info:
         model: of Llama's architecture.
         tokenizer: goes along.
         directory: made where it is missing.
-        info: what `lm.checkpoint.load_model` says of the checkpoint, for the model card.
+        info: what `lm.checkpoint.load_model` says of the checkpoint, and "training", settings, for the model card.
 
     Raises:
         ValueError: the model is no Llama.
@@ -178,7 +191,12 @@ def model_card(model: TransformerLM, info: Mapping[str, Any]) -> str:
     if info.get("step") is not None:
         lines.append(f"Trained for {info['step']:,} steps.")
     lines += [f"{name}: {value:.4f}" for name, value in sorted(dict(info.get("metrics") or {}).items())]
-    for title, facts in (("Configuration", asdict(model.config)), ("Data", dict(info.get("data") or {}))):
+    sections = {
+        "Configuration": asdict(model.config),
+        "Training": dict(info.get("training") or {}),
+        "Data": dict(info.get("data") or {}),
+    }
+    for title, facts in sections.items():
         if facts:
             lines += ["", f"## {title}", "", "```json", json.dumps(facts, indent=1, default=str), "```"]
     lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
@@ -333,15 +351,35 @@ def run(
     place = Path(info["path"]).parent.parent
     if format == "hf":
         target = output or place / "hf"
-        export_hf(model, loaded, target, info)
+        export_hf(model, loaded, target, info | {"training": training_settings(place)})
     else:
         target = output or place / "model.gguf"
         export_gguf(model, loaded, target, name=place.parent.name)
     print(f"{info['path']} (step {info['step']}) is now {target}")
 
 
+def training_settings(run: Path) -> dict[str, Any]:
+    """What a model card tells of a run's config.yaml: optimizer, schedule, batch, length, the data's name."""
+    path = run / "config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    wanted = {
+        "model": ("optimizer", "schedule"),
+        "data": ("corpus", "batch_size", "context_length"),
+        "trainer": ("max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision"),
+        "run": ("name", "max_minutes"),
+    }
+    found = {
+        section: {name: config[section][name] for name in names if name in config[section]}
+        for section, names in wanted.items()
+        if section in config
+    }
+    if Path((text := config.get("data", {}).get("train_text")) or "").name:
+        found["data"] |= {"corpus": Path(text).name}  # its folder is nobody's business
+    return found
+
+
 def run_import(format: Literal["hf"], directory: Path, output: Path = Path("logs/imported/version_0")) -> None:
-    """Make a run directory of a model from elsewhere, for `python -m lm generate` and `export`.
+    """Make a run directory of a model from elsewhere, to generate, to train on, to export.
 
     Args:
         format: hf, a directory with config.json and model.safetensors of Llama's architecture.
@@ -359,10 +397,24 @@ def run_import(format: Literal["hf"], directory: Path, output: Path = Path("logs
         raise FileExistsError(f"{path} is there already: choose another --output")
     model = import_hf(directory)
     Tokenizer.from_directory(directory).save(output / "tokenizer")
+    transformer = asdict(model.config)
     contents = {
         "state_dict": {f"model.{name}": weight for name, weight in model.state_dict().items()},
-        "transformer": asdict(model.config),
+        "transformer": transformer,
         "global_step": 0,
+        # What Lightning asks a checkpoint for when training goes on from it: here it begins anew.
+        "pytorch-lightning_version": importlib.metadata.version("lightning"),
+        "optimizer_states": [],
+        "lr_schedulers": [],
     }
     AtomicCheckpointIO().save_checkpoint(contents, path)
-    print(f"{directory} is now {path}: python -m lm generate --ckpt {path}")
+    settings = {"model": {"transformer": transformer}, "data": {"context_length": transformer.pop("context_length")}}
+    del transformer["vocab_size"]  # the data's
+    with atomic_write(output / "config.yaml", "w") as file:
+        yaml.safe_dump(settings, file, sort_keys=False)
+    print(
+        f"{directory} is now {path}\n"
+        "next:\n"
+        f"  python -m lm generate --ckpt {output}\n"
+        f"  python -m lm fit --ckpt_path {path}   trains on, with data of the tokenizer in {output / 'tokenizer'}"
+    )
