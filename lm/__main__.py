@@ -16,7 +16,8 @@ TRAINING = {
     "validate": "loss over the whole validation set: the newest run's best checkpoint, or --ckpt_path",
 }
 TOOLS = {
-    "generate": ("lm.generate:run", "continue a prompt with a trained model"),
+    "generate": ("lm.session:run", "continue a prompt with a trained model, or many: --interactive"),
+    "serve": ("lm.serve:run", "a page in the browser: type, watch the text come, see what else it could have been"),
     "prepare": ("lm.prepare:run", "get a corpus, train its tokenizer, encode it"),
     "account": ("lm.accounting:run", "parameters, FLOPs, memory and time of a model"),
     "bench": ("lm.bench:run", "speed of training and generation, beside other implementations"),

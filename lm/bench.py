@@ -500,7 +500,7 @@ def compare_generation(setting: Setting, device: torch.device, rivals: list[Entr
     ours.to(device)
 
     def run_ours(batch_size: int) -> None:
-        for _ in sample_tokens(ours, [0], max_new_tokens=num_tokens, num_samples=batch_size, sampling=Sampling()):
+        for _ in sample_tokens(ours, [0], Sampling(max_new_tokens=num_tokens), num_samples=batch_size):
             pass
 
     @torch.inference_mode()

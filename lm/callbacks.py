@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lm.accounting import flops_per_token, num_parameters, peak_flops, training_memory_bytes
 from lm.control import RunConfig, RunControl, Stopped
-from lm.generate import generate
+from lm.generate import Sampling, generate
 from lm.module import LanguageModel
 from tokenizer import Tokenizer
 from tokenizer.files import atomic_write
@@ -175,9 +175,7 @@ class Samples(Callback):
             pl_module.model,
             tokenizer,
             self.config.sample_prompt,
-            max_new_tokens=self.config.sample_tokens,
-            temperature=0.8,
-            top_p=0.95,
+            Sampling(temperature=0.8, top_p=0.95, max_new_tokens=self.config.sample_tokens),
         )
         self.text = self.config.sample_prompt + text
         for logger in trainer.loggers:

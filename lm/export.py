@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from torch import Tensor
 
-from lm.generate import END_OF_TEXT, load
+from lm.generate import END_OF_TEXT, end_of_text_id, load
 from lm.model import TransformerConfig, TransformerLM
 from tokenizer import Tokenizer
 from tokenizer.files import atomic_write, spell_vocab, to_symbols, write_json
@@ -115,7 +115,7 @@ def export_hf(model: TransformerLM, tokenizer: Tokenizer, directory: Path, info:
         weights[theirs] = weight.detach().cpu().contiguous()
     dtype = str(model.token_embeddings.weight.dtype).removeprefix("torch.")
 
-    end = tokenizer.encode(END_OF_TEXT)[0] if END_OF_TEXT in tokenizer.special_tokens else None
+    end = end_of_text_id(tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
     write_json(directory / "config.json", hf_config(config, end, dtype))
@@ -308,9 +308,10 @@ def export_gguf(model: TransformerLM, tokenizer: Tokenizer, path: Path, name: st
         writer.add_token_list(spellings)
         writer.add_token_types(types)
         writer.add_token_merges([f"{to_symbols(left)} {to_symbols(right)}" for left, right in tokenizer.merges])
-        if END_OF_TEXT in tokenizer.special_tokens:
-            writer.add_bos_token_id(tokenizer.encode(END_OF_TEXT)[0])
-            writer.add_eos_token_id(tokenizer.encode(END_OF_TEXT)[0])
+        end = end_of_text_id(tokenizer)
+        if end is not None:
+            writer.add_bos_token_id(end)
+            writer.add_eos_token_id(end)
         writer.add_add_bos_token(False)
         state = model.state_dict()
         for own, (_, theirs) in weight_names(config).items():

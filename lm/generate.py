@@ -8,13 +8,9 @@ text degrades when the first positions leave the cache: Xiao et al. 2023, "Effic
 attention sinks".) `window_start` is the whole rule, for prompts that are too long as well.
 """
 
-import contextlib
-import dataclasses
 import math
-import random
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +28,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from the model's distribution.
+    """How a text is drawn from the model's distributions, token by token.
 
     The logits are divided by `temperature` first; then the filters apply in the order of the fields, and what is left
     is normalised again.
@@ -43,6 +39,8 @@ class Sampling:
         top_p: keep the smallest set of most probable tokens with at least this mass (Holtzman et al. 2020, nucleus
             sampling; CS336 A1 section 6).
         min_p: keep tokens at least this many times as probable as the most probable one (Nguyen et al. 2024).
+        max_new_tokens: an upper bound of the text's length.
+        seed: the same one gives the same text.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -52,6 +50,8 @@ class Sampling:
     top_k: int | None = None
     top_p: float | int = 1.0
     min_p: float | int = 0.0
+    max_new_tokens: int = 256
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -62,6 +62,10 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]: 1 keeps all tokens")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must be in [0, 1]: 0 keeps all tokens")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be in [0, 2^63)")
 
     def probabilities(self, logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
         """The distribution, in float32, that the next token is drawn from."""
@@ -121,22 +125,32 @@ class Decoder:
 
 @dataclass
 class Sample:
-    """One continuation of the prompt; `finished` when it ended itself with `<|endoftext|>`, which is not in it."""
+    """One continuation of the prompt; `finished` when it ended itself with `<|endoftext|>`, which is not in it.
+
+    Probabilities are the model's own, whatever the sampling made of them, as natural logarithms.
+
+    Attributes:
+        token_ids: the tokens.
+        log_probabilities: that of each.
+        alternatives: for each, the most probable tokens at its place and their log-probabilities, best first.
+        finished: whether it ended itself.
+    """
 
     token_ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
+    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
     finished: bool = False
 
 
 def sample_tokens(
     model: TransformerLM,
-    prompt_ids: list[int],
+    prompt_ids: Sequence[int],
+    sampling: Sampling = Sampling(),
     *,
-    max_new_tokens: int = 256,
-    sampling: Sampling | None = None,
-    seed: int = 0,
     num_samples: int = 1,
     stop_id: int | None = None,
+    forced_ids: Sequence[int] = (),
+    num_alternatives: int = 0,
 ) -> Iterator[list[Sample]]:
     """Continue a prompt; after each step, the samples as they stand (the same objects, grown by up to one token each).
 
@@ -145,140 +159,139 @@ def sample_tokens(
     Args:
         model: decoded as it is, on the device where it is.
         prompt_ids: at least one token; of a prompt longer than the context the model sees the end (`window_start`).
-        max_new_tokens: an upper bound per sample.
         sampling: default, the model's own distribution.
-        seed: of the first sample.
         num_samples: decoded together as one batch.
         stop_id: the token that ends a sample; default, none.
+        forced_ids: the first tokens of each sample, taken as they are: what is reported of them scores a given text.
+        num_alternatives: how many of the most probable tokens are reported with each token.
 
     Raises:
-        ValueError: the prompt is empty or has ids beyond the vocabulary, or a number is below 1.
+        ValueError: the prompt is empty, ids are beyond the vocabulary, or a number is below 1.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    vocab_size, device = model.config.vocab_size, model.token_embeddings.weight.device
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1")
     if not prompt_ids:
         raise ValueError("prompt_ids is empty: start with the token of <|endoftext|>")
-    if max(prompt_ids) >= model.config.vocab_size or min(prompt_ids) < 0:
-        raise ValueError(
-            f"prompt_ids has id {max(prompt_ids)}, but vocab_size={model.config.vocab_size}: is it another tokenizer's?"
-        )
-    return _steps(model, prompt_ids, max_new_tokens, sampling or Sampling(), seed, num_samples, stop_id)
+    for token_id in (*prompt_ids, *forced_ids):
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"token id {token_id} is not in [0, vocab_size={vocab_size}): is it another tokenizer's?")
 
+    def steps() -> Iterator[list[Sample]]:
+        generators = [torch.Generator(device).manual_seed(sampling.seed + i) for i in range(num_samples)]
+        samples = [Sample() for _ in range(num_samples)]
+        decoder = Decoder(model, num_samples)
+        given = [*prompt_ids, *forced_ids]
+        length = len(prompt_ids) + max(sampling.max_new_tokens, len(forced_ids))
+        text = torch.empty(num_samples, length, dtype=torch.int64, device=device)
+        text[:, : len(given)] = torch.tensor(given, device=device)
+        for end in range(len(prompt_ids), length):
+            logits = decoder.next_logits(text[:, :end]).float()
+            if end >= len(given):
+                rows = zip(sampling.probabilities(logits), generators, strict=True)
+                text[:, end] = torch.cat([torch.multinomial(row, 1, generator=own) for row, own in rows])
+            drawn = text[:, end]
+            log_normalisers = logits.logsumexp(dim=-1, keepdim=True)
+            log_probabilities = (logits.gather(-1, drawn[:, None]) - log_normalisers)[:, 0].tolist()
+            best = logits.topk(min(num_alternatives, vocab_size))
+            best_ids, best_log_probabilities = best.indices.tolist(), (best.values - log_normalisers).tolist()
+            for i, (sample, token_id) in enumerate(zip(samples, drawn.tolist(), strict=True)):
+                if token_id == stop_id:
+                    sample.finished = True
+                elif not sample.finished:
+                    sample.token_ids.append(token_id)
+                    sample.log_probabilities.append(log_probabilities[i])
+                    sample.alternatives.append(list(zip(best_ids[i], best_log_probabilities[i], strict=True)))
+            yield samples
+            if all(sample.finished for sample in samples):
+                return
 
-def _steps(
-    model: TransformerLM,
-    prompt_ids: list[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    num_samples: int,
-    stop_id: int | None,
-) -> Iterator[list[Sample]]:
-    device = model.token_embeddings.weight.device
-    generators = [torch.Generator(device).manual_seed(seed + i) for i in range(num_samples)]
-    samples = [Sample() for _ in range(num_samples)]
-    decoder = Decoder(model, num_samples)
-    text = torch.empty(num_samples, len(prompt_ids) + max_new_tokens, dtype=torch.int64, device=device)
-    text[:, : len(prompt_ids)] = torch.tensor(prompt_ids, device=device)
-    for end in range(len(prompt_ids), text.shape[1]):
-        logits = decoder.next_logits(text[:, :end]).float()
-        probabilities = sampling.probabilities(logits)
-        drawn = torch.cat(
-            [torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities, generators, strict=True)]
-        )
-        text[:, end] = drawn
-        log_probabilities = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(dim=-1)
-        for sample, token_id, log_probability in zip(samples, drawn.tolist(), log_probabilities.tolist(), strict=True):
-            if token_id == stop_id:
-                sample.finished = True
-            elif not sample.finished:
-                sample.token_ids.append(token_id)
-                sample.log_probabilities.append(log_probability)
-        yield samples
-        if all(sample.finished for sample in samples):
-            return
+    return steps()
 
 
 # -------------------------------------------------------------------------------------------------------------- text
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], int | None]:
-    """The ids of `prompt` and the id of `<|endoftext|>`, None where the tokenizer has none.
+def end_of_text_id(tokenizer: Tokenizer) -> int | None:
+    """The id of `<|endoftext|>`, None where the tokenizer has none."""
+    return tokenizer.special_ids.get(END_OF_TEXT)
 
-    An empty prompt becomes `<|endoftext|>`: what stands before the first token of a document.
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of `prompt`; of an empty one that of `<|endoftext|>`: what stands before the first token of a document.
 
     Raises:
         ValueError: the prompt is empty and there is no `<|endoftext|>`.
     """
-    stop_id = tokenizer.encode(END_OF_TEXT)[0] if END_OF_TEXT in tokenizer.special_tokens else None
     if prompt:
-        return tokenizer.encode(prompt), stop_id
-    if stop_id is None:
+        return tokenizer.encode(prompt)
+    start = end_of_text_id(tokenizer)
+    if start is None:
         raise ValueError(f"prompt is empty and the tokenizer has no {END_OF_TEXT} to start from: give a prompt")
-    return [stop_id], stop_id
+    return [start]
+
+
+def sample_texts(
+    model: TransformerLM, tokenizer: Tokenizer, prompt: str, sampling: Sampling, num_samples: int = 1
+) -> Iterator[list[Sample]]:
+    """`sample_tokens` after a text, until the documents end."""
+    stop_id = end_of_text_id(tokenizer)
+    return sample_tokens(model, encode_prompt(tokenizer, prompt), sampling, num_samples=num_samples, stop_id=stop_id)
+
+
+def decode_steps(tokenizer: Tokenizer, steps: Iterable[list[Sample]]) -> Iterator[str]:
+    """The text of the first sample, in pieces of whole characters as they come."""
+    return tokenizer.decode_stream(samples[0].token_ids[-1] for samples in steps if not samples[0].finished)
 
 
 def stream(
-    model: TransformerLM,
-    tokenizer: Tokenizer,
-    prompt: str = "",
-    *,
-    max_new_tokens: int = 256,
-    temperature: float | int = 1.0,
-    top_k: int | None = None,
-    top_p: float | int = 1.0,
-    min_p: float | int = 0.0,
-    seed: int = 0,
+    model: TransformerLM, tokenizer: Tokenizer, prompt: str = "", sampling: Sampling = Sampling()
 ) -> Iterator[str]:
     """The continuation of `prompt`, in pieces of whole characters as they come.
 
-    Args and errors: as for `Sampling`, `sample_tokens` and `encode_prompt`.
+    Raises:
+        ValueError: the prompt cannot be encoded, see `encode_prompt`.
     """
-    prompt_ids, stop_id = encode_prompt(tokenizer, prompt)
-    steps = sample_tokens(
-        model,
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p, min_p),
-        seed=seed,
-        stop_id=stop_id,
-    )
-    return tokenizer.decode_stream(sample.token_ids[-1] for [sample] in steps if not sample.finished)
+    return decode_steps(tokenizer, sample_texts(model, tokenizer, prompt, sampling))
 
 
 def generate(
     model: TransformerLM,
     tokenizer: Tokenizer,
     prompt: str = "",
+    sampling: Sampling = Sampling(),
     *,
-    max_new_tokens: int = 256,
-    temperature: float | int = 1.0,
-    top_k: int | None = None,
-    top_p: float | int = 1.0,
-    min_p: float | int = 0.0,
-    seed: int = 0,
     num_samples: int = 1,
 ) -> list[str]:
     """`num_samples` continuations of `prompt`, decoded together; sample i is that of `seed + i` alone.
 
-    Args and errors: as for `Sampling`, `sample_tokens` and `encode_prompt`.
+    Raises:
+        ValueError: as for `stream`, or `num_samples` is below 1.
     """
-    prompt_ids, stop_id = encode_prompt(tokenizer, prompt)
-    *_, samples = sample_tokens(
-        model,
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p, min_p),
-        seed=seed,
-        num_samples=num_samples,
-        stop_id=stop_id,
-    )
+    *_, samples = sample_texts(model, tokenizer, prompt, sampling, num_samples)
     return [tokenizer.decode(sample.token_ids) for sample in samples]
 
 
-# --------------------------------------------------------------------------------------------------- the command
+class Timed:
+    """The steps of `sample_tokens`, passed on, with their speed."""
+
+    def __init__(self, steps: Iterator[list[Sample]]) -> None:
+        self.steps = steps
+        self.samples: list[Sample] = []
+        self.began = time.perf_counter()
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        for samples in self.steps:
+            self.samples = samples
+            yield samples
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self.began
+        num_tokens = sum(len(sample.token_ids) + sample.finished for sample in self.samples)
+        return f"{num_tokens} tokens in {seconds:.2f} s ({num_tokens / seconds:,.0f} tokens/s)"
+
+
+# ------------------------------------------------------------------------------------------------- a trained model
 
 
 def pick_device(name: str) -> torch.device:
@@ -322,134 +335,9 @@ def load(
     return model, loaded, info
 
 
-def run(
-    prompt: str | None = None,
-    ckpt: Path | None = None,
-    tokenizer: Path | None = None,
-    max_new_tokens: int = 256,
-    temperature: float | int = 0.8,
-    top_k: int | None = None,
-    top_p: float | int = 0.95,
-    min_p: float | int = 0.0,
-    seed: int | None = None,
-    num_samples: int = 1,
-    interactive: bool = False,
-    log_probabilities: bool = False,
-    device: str = "auto",
-    logs: Path = Path("logs"),
-) -> None:
-    """Continue a prompt with a trained model; the text goes to stdout as it comes, the speed to stderr.
-
-    Args:
-        prompt: the text to continue; left out, it is read from stdin where that is a pipe, and else empty. An empty
-            prompt starts a new document.
-        ckpt: a checkpoint file or a run directory; default, the newest run. Of a run, the best checkpoint.
-        tokenizer: its directory; default, the copy in the run directory.
-        max_new_tokens: length of each sample, unless it ends itself with <|endoftext|>.
-        temperature: 0 takes the most probable token each time; higher is more varied.
-        top_k: draw from the k most probable tokens only.
-        top_p: draw from the smallest set of tokens with this much of the probability.
-        min_p: draw from tokens at least this many times as probable as the most probable one.
-        seed: same seed, same text; default, a new one each time, said on stderr.
-        num_samples: several continuations, decoded together; sample i is that of seed + i.
-        interactive: a session in the terminal.
-        log_probabilities: list each token with the natural logarithm of its probability instead of the text.
-        device: cpu, cuda, mps, ...; auto takes a GPU where there is one.
-        logs: where the runs are.
-    """
-    sampling = Sampling(temperature, top_k, top_p, min_p)
-    seed = random.randrange(2**31) if seed is None else seed
-    model, loaded, _ = load(ckpt, logs, tokenizer, device)
-    if interactive:
-        _session(model, loaded, max_new_tokens, sampling, seed)
-        return
-    if prompt is None:
-        prompt = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
-    _write(model, loaded, prompt, max_new_tokens, sampling, seed, num_samples, log_probabilities)
-
-
-def _write(
-    model: TransformerLM,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    num_samples: int = 1,
-    log_probabilities: bool = False,
-) -> None:
-    """Print one sample as it comes, several ones after another when all are there, and the speed to stderr."""
-    prompt_ids, stop_id = encode_prompt(tokenizer, prompt)
-    steps = sample_tokens(
-        model,
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seed=seed,
-        num_samples=num_samples,
-        stop_id=stop_id,
-    )
-    began = time.perf_counter()
-    samples: list[Sample] = []
-
-    def first_ids() -> Iterator[int]:
-        nonlocal samples
-        for samples in steps:
-            if not samples[0].finished:
-                yield samples[0].token_ids[-1]
-
-    if num_samples == 1 and not log_probabilities:
-        print(prompt, end="", flush=True)
-        for piece in tokenizer.decode_stream(first_ids()):
-            print(piece, end="", flush=True)
-        print()
-    else:
-        *_, samples = steps
-        for i, sample in enumerate(samples):
-            if num_samples > 1:
-                print(f"{'' if i == 0 else chr(10)}--- sample {i + 1} (seed {seed + i})")
-            if log_probabilities:
-                for token_id, log_probability in zip(sample.token_ids, sample.log_probabilities, strict=True):
-                    print(f"{token_id}\t{log_probability:.6f}\t{tokenizer.decode([token_id])!r}")
-            else:
-                print(prompt + tokenizer.decode(sample.token_ids))
-    seconds = time.perf_counter() - began
-    num_tokens = sum(len(sample.token_ids) + sample.finished for sample in samples)
-    print(
-        f"{num_tokens} tokens in {seconds:.2f} s ({num_tokens / seconds:,.0f} tokens/s), seed {seed}", file=sys.stderr
-    )
-
-
-def _session(model: TransformerLM, tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling, seed: int) -> None:
-    """Read prompts from the terminal until Ctrl-D; Ctrl-C stops a text, `:name value` changes a setting."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() history and editing
-    settings = ", ".join(f":{field.name}" for field in dataclasses.fields(Sampling))
-    print(
-        f"A prompt, then Enter. Settings: {settings}, :seed, :max_new_tokens and a value. Ctrl-D ends.", file=sys.stderr
-    )
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        if not line.startswith(":"):
-            try:
-                _write(model, tokenizer, line, max_new_tokens, sampling, seed)
-            except KeyboardInterrupt:
-                print(file=sys.stderr)
-            seed += 1
-            continue
-        name, _, value = line[1:].partition(" ")
-        try:
-            if name == "seed":
-                seed = int(value)
-            elif name == "max_new_tokens":
-                max_new_tokens = int(value)
-            else:
-                convert: Callable[[str], int | float] = int if name == "top_k" else float
-                changed: dict[str, Any] = {name: convert(value)}
-                sampling = dataclasses.replace(sampling, **changed)
-        except (TypeError, ValueError) as error:
-            print(error, file=sys.stderr)
+def describe(model: TransformerLM, info: dict[str, Any]) -> str:
+    """What `load` found, in one line: the run, its size, its best validation loss."""
+    path, loss = Path(info["path"]), info["metrics"].get("val/loss")
+    facts = [f"{sum(p.numel() for p in model.parameters()):,} parameters", f"step {info['step']:,}"]
+    facts += [] if loss is None else [f"validation loss {loss:.3f} nats per token"]
+    return f"{path.parent.parent}: {', '.join(facts)}"

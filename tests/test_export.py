@@ -23,7 +23,7 @@ from lm.export import (
     run_import,
     weight_names,
 )
-from lm.generate import generate
+from lm.generate import Sampling, generate
 from lm.model import TransformerConfig, TransformerLM
 from tokenizer import Tokenizer
 
@@ -79,7 +79,7 @@ def test_transformers_loads_the_same_model(head: str, tmp_path: Path, small_toke
     text = theirs.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False, pad_token_id=0
     )
-    expected = generate(ours, small_tokenizer, "the cat", max_new_tokens=20, temperature=0)[0]
+    expected = generate(ours, small_tokenizer, "the cat", Sampling(temperature=0, max_new_tokens=20))[0]
     assert small_tokenizer.decode(text[0, prompt.shape[1] :].tolist()).removesuffix("<|endoftext|>") == expected
     assert {path.name for path in tmp_path.iterdir()} >= {
         "README.md",

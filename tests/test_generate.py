@@ -3,8 +3,11 @@
 import dataclasses
 import io
 import math
+import os
+import pty
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import generate as command
+from lm import session as command
 from lm.checkpoint import AtomicCheckpointIO
-from lm.generate import Decoder, Sampling, encode_prompt, generate, sample_tokens, stream, window_start
+from lm.generate import Decoder, Sampling, encode_prompt, end_of_text_id, generate, sample_tokens, stream, window_start
 from lm.model import TransformerConfig, TransformerLM
 from tokenizer import Tokenizer
 
@@ -107,7 +110,7 @@ def test_samples_follow_the_distribution() -> None:
     model = make_model(vocab_size=8)
     with torch.no_grad():
         expected = torch.softmax(model(torch.tensor([[3]]))[0, -1], dim=-1)
-    *_, samples = sample_tokens(model, [3], max_new_tokens=1, num_samples=4000)
+    *_, samples = sample_tokens(model, [3], Sampling(max_new_tokens=1), num_samples=4000)
     counts = torch.bincount(torch.tensor([s.token_ids[0] for s in samples]), minlength=8)
     deviation = (4000 * expected * (1 - expected)).sqrt()
     assert ((counts - 4000 * expected).abs() < 5 * deviation + 1).all()
@@ -125,12 +128,12 @@ def test_samples_follow_the_distribution() -> None:
         ({"top_k": 0}, r"top_k=0 must be at least 1"),
         ({"min_p": 1.5}, r"min_p=1\.5 must be in \[0, 1\]"),
         ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
-        ({"num_samples": 0}, r"num_samples=0 must be at least 1"),
+        ({"seed": -1}, r"seed=-1 must be in \[0, 2\^63\)"),
     ],
 )
 def test_bad_settings_are_one_line(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        generate(make_model(), BYTES, "a", **settings)
+        generate(make_model(), BYTES, "a", Sampling(**settings))
     assert "\n" not in str(error.value)
 
 
@@ -139,7 +142,7 @@ def test_bad_settings_are_one_line(settings: dict, message: str) -> None:
 
 def test_log_probabilities_are_the_models_own() -> None:
     model = make_model()
-    *_, [sample] = sample_tokens(model, [5, 6], max_new_tokens=6, sampling=Sampling(temperature=0.5, top_k=3))
+    *_, [sample] = sample_tokens(model, [5, 6], Sampling(temperature=0.5, top_k=3, max_new_tokens=6))
     text = torch.tensor([[5, 6, *sample.token_ids]])
     with torch.no_grad():
         expected = torch.log_softmax(model(text)[0], dim=-1)
@@ -147,24 +150,46 @@ def test_log_probabilities_are_the_models_own() -> None:
         assert sample.log_probabilities[i] == pytest.approx(expected[1 + i, token_id].item(), abs=1e-4)
 
 
+def test_alternatives_are_the_most_probable_tokens_at_each_place() -> None:
+    model = make_model()
+    *_, [sample] = sample_tokens(model, [5, 6], Sampling(max_new_tokens=4, seed=1), num_alternatives=3)
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.tensor([[5, 6, *sample.token_ids]]))[0, 1:-1], dim=-1).topk(3)
+    for i, alternatives in enumerate(sample.alternatives):
+        assert [token_id for token_id, _ in alternatives] == expected.indices[i].tolist()
+        assert [p for _, p in alternatives] == pytest.approx(expected.values[i].tolist(), abs=1e-4)
+
+
+def test_forced_tokens_are_scored_and_then_the_text_goes_on_as_after_a_prompt() -> None:
+    model = make_model()
+    *_, [forced] = sample_tokens(model, [5], Sampling(max_new_tokens=6, temperature=0), forced_ids=[6, 7])
+    *_, [prompted] = sample_tokens(model, [5, 6, 7], Sampling(max_new_tokens=4, temperature=0))
+    assert forced.token_ids == [6, 7, *prompted.token_ids]
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.tensor([[5, 6, 7]]))[0], dim=-1)
+    assert forced.log_probabilities[:2] == pytest.approx([expected[0, 6].item(), expected[1, 7].item()], abs=1e-4)
+    *_, [scored] = sample_tokens(model, [5], Sampling(max_new_tokens=1), forced_ids=[6, 7])
+    assert scored.token_ids == [6, 7]
+
+
 def test_same_seed_same_tokens_and_a_sample_does_not_depend_on_the_others() -> None:
     model = make_model()
-    together = generate(model, BYTES, "x", max_new_tokens=30, seed=7, num_samples=3)
-    assert together == generate(model, BYTES, "x", max_new_tokens=30, seed=7, num_samples=3)
-    assert together == [generate(model, BYTES, "x", max_new_tokens=30, seed=7 + i)[0] for i in range(3)]
+    together = generate(model, BYTES, "x", Sampling(max_new_tokens=30, seed=7), num_samples=3)
+    assert together == generate(model, BYTES, "x", Sampling(max_new_tokens=30, seed=7), num_samples=3)
+    assert together == [generate(model, BYTES, "x", Sampling(max_new_tokens=30, seed=7 + i))[0] for i in range(3)]
     assert len(set(together)) == 3
 
 
 def test_stops_at_the_end_of_text_of_each_sample() -> None:
     model = make_model()
-    *_, samples = sample_tokens(model, [1], max_new_tokens=150, num_samples=8, stop_id=0)
+    sampling = Sampling(max_new_tokens=80)
+    *_, samples = sample_tokens(model, [1], sampling, num_samples=8, stop_id=0)
     assert any(sample.finished for sample in samples)
-    unstopped = {
-        i: s.token_ids for i, s in enumerate(list(sample_tokens(model, [1], max_new_tokens=150, num_samples=8))[-1])
-    }
+    *_, all_samples = sample_tokens(model, [1], sampling, num_samples=8)
+    unstopped = [sample.token_ids for sample in all_samples]
     for i, sample in enumerate(samples):
         assert 0 not in sample.token_ids
-        assert sample.finished or len(sample.token_ids) == 150
+        assert sample.finished or len(sample.token_ids) == 80
         assert sample.token_ids == unstopped[i][: len(sample.token_ids)]
         if sample.finished:
             assert unstopped[i][len(sample.token_ids)] == 0
@@ -175,15 +200,20 @@ def test_prompt_that_cannot_be() -> None:
         sample_tokens(make_model(), [])
     with pytest.raises(ValueError, match="vocab_size=257"):
         sample_tokens(make_model(), [257])
+    with pytest.raises(ValueError, match="token id -1"):
+        sample_tokens(make_model(), [1], forced_ids=[-1])
+    with pytest.raises(ValueError, match="num_samples=0 must be at least 1"):
+        sample_tokens(make_model(), [1], num_samples=0)
 
 
 # --------------------------------------------------------------------------------------------------------- the text
 
 
 def test_empty_prompt_starts_a_document() -> None:
-    assert encode_prompt(BYTES, "") == ([0], 0)
+    assert encode_prompt(BYTES, "") == [0] == [end_of_text_id(BYTES)]
     bare = Tokenizer({i: bytes([i]) for i in range(256)}, [])
-    assert encode_prompt(bare, "a") == ([97], None)
+    assert encode_prompt(bare, "a") == [97]
+    assert end_of_text_id(bare) is None
     with pytest.raises(ValueError, match="prompt is empty"):
         encode_prompt(bare, "")
 
@@ -206,7 +236,7 @@ def test_stream_joins_to_generate_and_never_splits_a_character(monkeypatch: pyte
 
 
 def test_inference_mode_does_not_leak_into_the_caller() -> None:
-    for _ in sample_tokens(make_model(), [1], max_new_tokens=2):
+    for _ in sample_tokens(make_model(), [1], Sampling(max_new_tokens=2)):
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
 
@@ -228,7 +258,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_command_prints_prompt_and_continuation(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command.run("ab", checkpoint, max_new_tokens=20, temperature=1.0, top_p=1.0, seed=3)
     out, err = capsys.readouterr()
-    assert out == "ab" + generate(make_model(), BYTES, "ab", max_new_tokens=20, seed=3)[0] + "\n"
+    assert out == "ab" + generate(make_model(), BYTES, "ab", Sampling(max_new_tokens=20, seed=3))[0] + "\n"
     assert re.search(r"tokens/s\), seed 3$", err.strip())
 
 
@@ -249,22 +279,92 @@ def test_command_lists_samples_and_log_probabilities(checkpoint: Path, capsys: p
     assert all(float(log_probability) < 0 for _, log_probability, _ in tokens)
 
 
-def test_command_session(checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = iter([":temperature 0", ":top_p 7", ":nonsense 1", ":max_new_tokens 3", "one", "one"])
-
-    def type_line(prompt: str) -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", type_line)
+def session(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, *lines: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     command.run(ckpt=checkpoint, interactive=True, seed=0)
+
+
+def greedy(prompt: str) -> str:
+    return prompt + generate(make_model(), BYTES, prompt, Sampling(temperature=0, max_new_tokens=3))[0]
+
+
+def test_session_answers_again_and_goes_on(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session(monkeypatch, checkpoint, "/temperature 0", "/max_new_tokens 3", "one", "", "two", "/again", "//three")
     out, err = capsys.readouterr()
-    expected = "one" + generate(make_model(), BYTES, "one", max_new_tokens=3, temperature=0)[0] + "\n"
-    assert out == 2 * expected
-    assert "top_p=7.0 must be in (0, 1]" in err
-    assert "nonsense" in err
+    texts = [greedy("one"), greedy(greedy("one")), greedy("two"), greedy("two"), greedy("/three")]
+    assert out == "".join(f"{text}\n" for text in texts)
+    assert "validation" not in err.splitlines()[0]
+    assert "parameters" in err.splitlines()[0]
+    assert re.findall(r"tokens/s\), seed (\d+)", err) == ["0", "1", "2", "3", "4"]
+
+
+def test_session_says_what_is_wrong_and_goes_on(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = ["/top_p 7", "/top_p high", "/top_k 1.5", "/nonsense 1", "/seed -1"]
+    session(monkeypatch, checkpoint, *wrong, "/help", "/top_k 3", "/top_k none", "/settings", "/quit", "not reached")
+    out, err = capsys.readouterr()
+    assert out == ""
+    for message in (
+        "top_p=7.0 must be in (0, 1]",
+        "/top_p needs a number, not 'high'",
+        "/top_k needs a whole number, not '1.5'",
+        "/nonsense is not known: /help says what is",
+        "seed=-1 must be in",
+        "/temperature 0.5  changes a setting",
+        "top_k=None top_p=0.95",
+    ):
+        assert message in err
+
+
+def test_ctrl_c_stops_a_text_and_not_the_session(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next_logits, calls = Decoder.next_logits, 0
+
+    def interrupted(self: Decoder, token_ids: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return next_logits(self, token_ids)
+
+    monkeypatch.setattr(Decoder, "next_logits", interrupted)
+    session(monkeypatch, checkpoint, "/temperature 0", "/max_new_tokens 3", "one", "two")
+    out, err = capsys.readouterr()
+    assert re.search(r"stopped: 2 tokens in .* seed 0", err)
+    assert out.endswith(f"\n{greedy('two')}\n")
+
+
+@pytest.mark.slow
+def test_session_in_a_real_terminal(checkpoint: Path, tmp_path: Path) -> None:
+    """A pseudo-terminal, the keys as typed: Ctrl-C during a text, Ctrl-C and Ctrl-D at the prompt."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+        options = ["--interactive", "--ckpt", str(checkpoint), "--max_new_tokens", "100000", "--seed", "0"]
+        os.execv(sys.executable, [sys.executable, "-m", "lm", "generate", *options])
+    shown = b""
+
+    def wait_for(what: bytes, times: int = 1) -> None:
+        nonlocal shown
+        while shown.count(what) < times:
+            shown += os.read(terminal, 4096)
+
+    wait_for(b"> ")
+    os.write(terminal, b"a\n")
+    wait_for(b"\n", 4)
+    time.sleep(1)
+    os.write(terminal, b"\x03")
+    wait_for(b"stopped: ")
+    os.write(terminal, b"\x03")
+    wait_for(b"Ctrl-D ends", 2)
+    os.write(terminal, b"\x04")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(terminal)
 
 
 def test_command_without_a_run_or_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""`python -m lm generate`: one prompt, or a session in the terminal."""
+
+import contextlib
+import random
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from lm.generate import Sampling, Timed, decode_steps, describe, load, sample_texts
+from lm.model import TransformerLM
+from tokenizer import Tokenizer
+
+
+def run(
+    prompt: str | None = None,
+    ckpt: Path | None = None,
+    tokenizer: Path | None = None,
+    max_new_tokens: int = 256,
+    temperature: float | int = 0.8,
+    top_k: int | None = None,
+    top_p: float | int = 0.95,
+    min_p: float | int = 0.0,
+    seed: int | None = None,
+    num_samples: int = 1,
+    interactive: bool = False,
+    log_probabilities: bool = False,
+    device: str = "auto",
+    logs: Path = Path("logs"),
+) -> None:
+    """Continue a prompt with a trained model; the text goes to stdout as it comes, the speed to stderr.
+
+    Args:
+        prompt: the text to continue; left out, it is read from stdin where that is a pipe, and else empty. An empty
+            prompt starts a new document.
+        ckpt: a checkpoint file or a run directory; default, the newest run. Of a run, the best checkpoint.
+        tokenizer: its directory; default, the copy in the run directory.
+        max_new_tokens: length of each sample, unless it ends itself with <|endoftext|>.
+        temperature: 0 takes the most probable token each time; higher is more varied.
+        top_k: draw from the k most probable tokens only.
+        top_p: draw from the smallest set of tokens with this much of the probability.
+        min_p: draw from tokens at least this many times as probable as the most probable one.
+        seed: same seed, same text; default, a new one each time, said on stderr.
+        num_samples: several continuations, decoded together; sample i is that of seed + i.
+        interactive: a session in the terminal; /help there says what it knows.
+        log_probabilities: list each token with the natural logarithm of its probability instead of the text.
+        device: cpu, cuda, mps, ...; auto takes a GPU where there is one.
+        logs: where the runs are.
+    """
+    seed = random.randrange(2**31) if seed is None else seed
+    sampling = Sampling(temperature, top_k, top_p, min_p, max_new_tokens, seed)
+    model, loaded, info = load(ckpt, logs, tokenizer, device)
+    if interactive:
+        Session(model, loaded, sampling, describe(model, info)).run()
+        return
+    if prompt is None:
+        prompt = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+    steps = Timed(sample_texts(model, loaded, prompt, sampling, num_samples))
+    if num_samples == 1 and not log_probabilities:
+        print(prompt, end="", flush=True)
+        for piece in decode_steps(loaded, steps):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        *_, samples = steps
+        for i, sample in enumerate(samples):
+            if num_samples > 1:
+                print(f"{'' if i == 0 else chr(10)}--- sample {i + 1} (seed {seed + i})")
+            if log_probabilities:
+                for token_id, log_probability in zip(sample.token_ids, sample.log_probabilities, strict=True):
+                    print(f"{token_id}\t{log_probability:.6f}\t{loaded.decode([token_id])!r}")
+            else:
+                print(prompt + loaded.decode(sample.token_ids))
+    print(f"{steps}, seed {seed}", file=sys.stderr)
+
+
+HELP = """\
+Type the beginning of a text; Enter lets the model go on.
+  Enter alone       goes on with the last text
+  /again            the last prompt once more, with another seed
+  /temperature 0.5  changes a setting; so do /top_k /top_p /min_p /max_new_tokens /seed
+  /settings         shows them
+  /help             shows this
+  /quit, Ctrl-D     ends; Ctrl-C stops a text, not the session
+A prompt that begins with / is typed with two: //"""
+
+
+class Session:
+    """Reads lines from stdin, a terminal or not; texts go to stdout, everything about them to stderr.
+
+    Each text has a seed of its own, one more than the last.
+
+    Args:
+        model: continues the prompts.
+        tokenizer: the model's.
+        sampling: to begin with.
+        title: said at the beginning.
+    """
+
+    def __init__(self, model: TransformerLM, tokenizer: Tokenizer, sampling: Sampling, title: str = "") -> None:
+        self.model, self.tokenizer, self.sampling, self.title = model, tokenizer, sampling, title
+        self.prompt = self.text = ""  # the last prompt, and with its continuation
+
+    def run(self) -> None:
+        """Answer lines until they end."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - gives input() history and editing
+        self.say(self.title)
+        self.say("/help says what can be typed, Ctrl-D ends")
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                self.say("")
+                return
+            except KeyboardInterrupt:
+                self.say("\nCtrl-D ends")
+                continue
+            if line.strip() == "/quit":
+                return
+            self.answer(line)
+
+    def answer(self, line: str) -> None:
+        """Do what one line asks for; what is wrong with it is one line on stderr."""
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                self.obey(line)
+            elif line:
+                self.write(line.removeprefix("/") if line.startswith("//") else line)
+            else:
+                self.write(self.text)
+        except ValueError as error:
+            self.say(str(error))
+
+    def obey(self, line: str) -> None:
+        """A line that begins with a slash."""
+        name, _, value = line[1:].strip().partition(" ")
+        if name == "again":
+            self.write(self.prompt)
+        elif name == "help":
+            self.say(HELP)
+        elif name == "settings":
+            self.say(" ".join(f"{name}={value}" for name, value in asdict(self.sampling).items()))
+        elif name in asdict(self.sampling):
+            self.change(name, value.strip())
+        else:
+            self.say(f"/{name} is not known: /help says what is")
+
+    def change(self, name: str, value: str) -> None:
+        """Set a field of `Sampling` to what was typed; `none` and `random` where they make sense."""
+        changed: float | int | None
+        if name == "top_k" and value in ("none", "all"):
+            changed = None
+        elif name == "seed" and value == "random":
+            changed = random.randrange(2**31)
+        else:
+            whole = any(field.name == name and field.type in (int, int | None) for field in fields(Sampling))
+            try:
+                changed = int(value) if whole else float(value)
+            except ValueError:
+                raise ValueError(f"/{name} needs a {'whole ' if whole else ''}number, not {value!r}") from None
+        self.sampling = replace(self.sampling, **{name: changed})  # type: ignore[arg-type]
+        self.say(f"{name}={changed}")
+
+    def write(self, prompt: str) -> None:
+        """Print a prompt and its continuation as it comes, then the speed."""
+        steps = Timed(sample_texts(self.model, self.tokenizer, prompt, self.sampling))
+        self.prompt = self.text = prompt
+        print(prompt, end="", flush=True)
+        try:
+            for piece in decode_steps(self.tokenizer, steps):
+                self.text += piece
+                print(piece, end="", flush=True)
+            print(flush=True)
+            self.say(f"{steps}, seed {self.sampling.seed}")
+        except KeyboardInterrupt:
+            print(flush=True)
+            self.say(f"stopped: {steps}, seed {self.sampling.seed}")
+        self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
+
+    @staticmethod
+    def say(message: str) -> None:
+        """Something that is no text of the model."""
+        print(message, file=sys.stderr, flush=True)
