@@ -55,7 +55,7 @@ def test_help_lists_every_command_and_needs_no_torch(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for name in ("fit", "validate", "generate", "prepare", "account", "bench", "sweep", "report", "export"):
+    for name in ("fit", "validate", "generate", "serve", "prepare", "account", "bench", "sweep", "report", "export"):
         assert f"\n  {name} " in done.stdout
 
 
@@ -67,17 +67,18 @@ def test_every_tool_that_is_listed_is_there() -> None:
         assert callable(getattr(importlib.import_module(module), function)), name
 
 
-def test_a_tool_starts_without_lightning() -> None:
+@pytest.mark.parametrize(("tool", "option"), [("generate", "--max_new_tokens"), ("serve", "--port")])
+def test_a_tool_starts_without_lightning(tool: str, option: str) -> None:
     program = (
         "import sys, lm.__main__ as m\n"
-        "try: m.main(['generate', '--help'])\n"
+        f"try: m.main(['{tool}', '--help'])\n"
         "except SystemExit: pass\n"
         "sys.exit('lightning' in sys.modules)"
     )
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--max_new_tokens" in done.stdout
+    assert option in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
