@@ -153,9 +153,8 @@ def decode_samples(
     for index in range(count):
         start = index * max(0, len(tokens) - begin - length) // count
         prompt = tokens[start : start + begin].tolist()
-        *_, [sample] = sample_tokens(
-            model, prompt, max_new_tokens=length, sampling=Sampling(0.8, top_p=0.95), seed=index
-        )
+        sampling = Sampling(0.8, top_p=0.95, max_new_tokens=length, seed=index)
+        *_, [sample] = sample_tokens(model, prompt, sampling)
         truth = tokens[start + begin : start + begin + length].tolist()
         samples.append((tokenizer.decode(prompt), tokenizer.decode(sample.token_ids), tokenizer.decode(truth)))
     return samples

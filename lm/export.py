@@ -55,7 +55,7 @@ def weight_names(config: TransformerConfig) -> dict[str, tuple[str, str]]:
 # come as well, has to have its default, which leaves the model as it is.
 LLAMA = {"norm": "pre", "position": "rope", "ffn": "swiglu"}
 FREE = {"vocab_size", "context_length", "num_layers", "num_heads", "d_model", "d_ff", "rope_theta", "head"}
-NO_MATTER = {"attention", "activation_checkpointing"}  # how it is computed, not what
+NO_MATTER = {"attention", "activation_checkpointing", "init"}  # how it is computed or was begun, not what it is
 
 
 def require_llama(config: TransformerConfig) -> None:

@@ -104,7 +104,15 @@ def test_what_was_exported_comes_back_bit_for_bit(head: str, tmp_path: Path, sma
         assert torch.equal(back.state_dict()[name], weight), name
 
 
-@pytest.mark.parametrize("change", [{"norm": "post"}, {"norm": "none"}, {"position": "none"}, {"ffn": "silu"}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"norm": "post"}, {"norm": "none"}, {"position": "none"}, {"ffn": "silu"}, {"ffn": "relu2"}),
+        *({"qk_norm": True}, {"gated_attention": True}, {"value_embeddings": True}, {"unet_skips": True}),
+        {"logit_softcap": 15.0},
+    ],
+    ids=str,
+)
 def test_what_llama_cannot_express_is_refused(change: dict, tmp_path: Path, small_tokenizer: Tokenizer) -> None:
     ((name, value),) = change.items()
     with pytest.raises(ValueError, match=f"{name}={value} cannot be expressed"):

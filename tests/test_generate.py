@@ -44,7 +44,10 @@ def test_window_ends_with_the_text_and_is_nearly_full(num_tokens: int, context_l
     assert window_start(num_tokens + 1, context_length) >= start
 
 
-@pytest.mark.parametrize("variant", [{}, {"position": "none"}, {"norm": "post", "head": "tied"}], ids=str)
+MODERN = {"qk_norm": True, "gated_attention": True, "value_embeddings": True, "unet_skips": True, "logit_softcap": 3.0}
+
+
+@pytest.mark.parametrize("variant", [{}, {"position": "none"}, {"norm": "post", "head": "tied"}, MODERN], ids=str)
 @pytest.mark.parametrize("prompt_length", [1, 5, 12, 13, 40])
 def test_cached_logits_equal_recomputation_beyond_the_context_too(prompt_length: int, variant: dict) -> None:
     model = make_model(**variant)
