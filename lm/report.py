@@ -259,7 +259,7 @@ def plot_curves(groups: Sequence[Group], against: str, target: Path) -> list[Pat
     finals = [loss for group in groups for loss in group.losses]
     starts = [run.curve("val/loss")[1][0] for group in groups for run in group.runs if run.curve("val/loss")[1]]
     if finals and starts:
-        low, high = min(finals), max(statistics.median(finals), statistics.median(starts))
+        low, high = min(finals), max(highest_shown(finals), statistics.median(starts))
         axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.1 * (high - low + 0.1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -285,8 +285,7 @@ def plot_final_loss(groups: Sequence[Group], setting: str, target: Path) -> list
     lines: dict[str, list[Group]] = {}
     for group in groups:
         lines.setdefault(re.sub(rf"-?\b{short}_[^-]*(-\d+)?", "", group.label), []).append(group)
-    losses = [loss for group in groups for loss in group.losses]
-    top = min(max(losses, default=1.0), 2.5 * min(losses, default=1.0))
+    top = 1.02 * highest_shown([loss for group in groups for loss in group.losses])
     for index, label in enumerate(sorted(lines, key=in_numeric_order)):
         members = sorted(lines[label], key=lambda group: group.runs[0].settings[setting])
         finite = [group for group in members if group.losses]
@@ -305,6 +304,11 @@ def plot_final_loss(groups: Sequence[Group], setting: str, target: Path) -> list
     if any(lines):
         axes.legend(fontsize="small")
     return save(figure, target)
+
+
+def highest_shown(losses: Sequence[float]) -> float:
+    """The highest of `losses` within two and a half times the lowest: one that went wrong must not squeeze the rest."""
+    return max((loss for loss in losses if loss <= 2.5 * min(losses)), default=1.0)
 
 
 def in_numeric_order(label: str) -> list[tuple[int, float | str]]:
