@@ -151,15 +151,15 @@ def group_by_settings(runs: Sequence[Run]) -> list[Group]:
     A group is called by its runs' name without the seed, as a sweep gives it, or else by the settings that differ.
     """
     varied = varied_settings(runs)
-    groups: dict[str, list[Run]] = {}
+    groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         parts = [f"{name.removeprefix('model.').removeprefix('trainer.')}={run.settings.get(name)}" for name in varied]
-        groups.setdefault(", ".join(parts) or runs[0].name, []).append(run)
-    named = []
-    for settings, members in groups.items():
-        stems = {re.sub(r"-seed_\d+$", "", run.name) for run in members}
-        label = stems.pop() if len(stems) == 1 and all("-seed_" in run.name for run in members) else settings
-        named.append(Group(label, members, settings if label != settings else ""))
+        stem = re.sub(r"-seed_\d+$", "", run.name)
+        groups.setdefault((stem if stem != run.name else "", ", ".join(parts)), []).append(run)
+    named = [
+        Group(stem or settings or members[0].name, members, settings if stem else "")
+        for (stem, settings), members in groups.items()
+    ]
     return sorted(named, key=lambda group: (group.mean_loss, group.label))
 
 
@@ -196,7 +196,7 @@ def group_table(groups: Sequence[Group]) -> str:
         lines.append(
             [
                 f"`{group.label}`",
-                *([f"`{group.settings}`"] if named else []),
+                *([f"`{group.settings}`" if group.settings else ""] if named else []),
                 str(len(group.runs)),
                 f"{group.mean_loss:.4f}{spread}" if losses else "–",
                 number(min(losses, default=None)),
