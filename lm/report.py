@@ -107,13 +107,11 @@ def find_runs(study: Path) -> list[Run]:
 def read_run(directory: Path, name: str) -> Run:
     """The run in one `version_k`, as far as it has got."""
     config, summary = directory / "config.yaml", directory / "summary.json"
-    return Run(
-        name=name,
-        directory=directory,
-        settings=flatten(yaml.safe_load(config.read_text()) or {}) if config.is_file() else {},
-        rows=read_metrics(directory / "metrics.jsonl"),
-        summary=json.loads(summary.read_text()) if summary.is_file() else {},
-    )
+    settings = flatten(yaml.safe_load(config.read_text()) or {}) if config.is_file() else {}
+    facts = json.loads(summary.read_text()) if summary.is_file() else {}
+    if "transformer.vocab_size" in facts.get("settings", {}):  # the data's; config.yaml names its folder only
+        settings["data.vocab_size"] = facts["settings"]["transformer.vocab_size"]
+    return Run(name, directory, settings, read_metrics(directory / "metrics.jsonl"), facts)
 
 
 def varied_settings(runs: Sequence[Run]) -> list[str]:
