@@ -14,6 +14,7 @@ from lm.sweep import PlannedRun, plan
 
 SWEEPS = Path(__file__).parents[1] / "configs" / "sweeps"
 ALL = yaml.safe_load((SWEEPS / "all.yaml").read_text())["include"]
+BOARD = ("leaderboard_rates.yaml", "leaderboard.yaml")  # no study of the course, and hours of a GPU
 SCALES = ("cpu", "gpu")
 STUDIES = [(name, scale) for name in ALL for scale in SCALES]
 
@@ -49,10 +50,10 @@ def variants(runs: list[PlannedRun]) -> list[PlannedRun]:
 
 
 def test_all_names_every_study() -> None:
-    assert sorted(ALL) == sorted(path.name for path in SWEEPS.glob("*.yaml") if path.name != "all.yaml")
+    assert sorted([*ALL, *BOARD, "all.yaml"]) == sorted(path.name for path in SWEEPS.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, *BOARD])
 def test_a_study_opens_with_its_question_and_its_commands(name: str) -> None:
     text = (SWEEPS / name).read_text()
     head = text[: text.index("\nstudy: ")]
@@ -61,7 +62,7 @@ def test_a_study_opens_with_its_question_and_its_commands(name: str) -> None:
     assert f"#   python -m lm sweep configs/sweeps/{name} --scale " in head
     assert f"#   python -m lm report {sweep['study']}\n" in head + "\n"
     assert sweep["study"] == Path(name).stem
-    assert sweep["seeds"] == [0, 1, 2]
+    assert sweep["seeds"] == ([0] if name == "leaderboard_rates.yaml" else [0, 1, 2])
     assert tuple(sweep["scales"]) == SCALES
 
 
@@ -83,6 +84,21 @@ def test_every_variant_parses_and_follows_its_steps(
         parsed.append(config)
     different = {repr((config.model, config.data, config.trainer.max_steps)) for config in parsed}
     assert len(different) == len(parsed), "two variants that are the same run"
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", BOARD)
+def test_every_run_for_the_leaderboard_has_the_same_time(
+    name: str, scale: str, cli: CLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock on a GPU, by the number of its steps and their cost on a CPU."""
+    monkeypatch.setattr("lm.cli.device_problems", lambda trainer: [])
+    parsed = [parse(cli, run) for run in variants(plan(SWEEPS / name, scale))]
+    for config in parsed:
+        by_clock = (config.model.schedule.follow, config.run.max_minutes) == ("clock", 10)
+        assert by_clock == (scale == "gpu")
+        assert (config.trainer.max_steps > 0) == (scale == "cpu")
+    assert len({repr((config.model, config.data, config.trainer.max_steps)) for config in parsed}) == len(parsed)
 
 
 @pytest.mark.parametrize(("scale", "num_tokens"), [("cpu", 819_200), ("gpu", 40_960_000)])

@@ -1,0 +1,83 @@
+"""The cost of a training step with each option, relative to the baseline's: what makes equal steps equal time.
+
+    OMP_NUM_THREADS=1 python logs/leaderboard/step_cost.py
+
+Steps of the baseline and of one option take turns, so that whatever else the machine does weighs on both; each step's
+processor time is taken, and the median of the ratios of neighbours is printed.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lm.model import TransformerConfig, TransformerLM
+from lm.module import OptimizerConfig
+from lm.optim import clip_gradients
+from lm.report import flatten
+from lm.sweep import DEFAULT_CONFIG, PlannedRun, plan
+
+SWEEP = Path("configs/sweeps/leaderboard.yaml")
+
+
+def settings_of(run: PlannedRun) -> dict[str, Any]:
+    """All settings of a run by their dotted names, as its command line merges them."""
+    merged: dict[str, Any] = {}
+    for config in (DEFAULT_CONFIG, *run.configs):
+        merged |= flatten(yaml.safe_load(Path(config).read_text()) or {})
+    return merged | dict(run.settings)
+
+
+def section(settings: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The settings below a dotted prefix."""
+    return {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
+
+
+def make_steps(settings: dict[str, Any]) -> list[Callable[[], None]]:
+    """A training step by a run's settings, on random tokens; one for each of its context lengths."""
+    vocab_size, context_length = settings["data.vocab_size"], settings["data.context_length"]
+    model = TransformerLM(TransformerConfig(vocab_size, context_length, **section(settings, "model.transformer.")))
+    optimizer = OptimizerConfig(**section(settings, "model.optimizer.")).make(model)
+    tokens = torch.randint(vocab_size, (settings["data.batch_size"], context_length + 1))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step(length: int) -> None:
+        optimizer.zero_grad()
+        pieces = inputs.view(-1, length), targets.view(-1, length)
+        model(pieces[0], targets=pieces[1], z_loss=settings.get("model.z_loss", 0.0)).backward()
+        clip_gradients(model.parameters(), 1.0)
+        optimizer.step()
+
+    lengths = settings.get("model.schedule.context_lengths", {0.0: context_length})
+    return [partial(step, length) for length in lengths.values()]
+
+
+def seconds(step: Callable[[], None]) -> float:
+    """Processor time of one step."""
+    began = time.process_time()
+    step()
+    return time.process_time() - began
+
+
+def main(pairs: int = 40) -> None:
+    """Print a line per run of the sweep's first seed."""
+    torch.set_num_threads(1)
+    runs = [run for run in plan(SWEEP, "cpu") if run.name.endswith("seed_0")]
+    settings = {run.name.removesuffix("-seed_0"): settings_of(run) for run in runs}
+    [base] = make_steps(settings["baseline"])
+    for name, own in settings.items():
+        ratios = []
+        for step in make_steps(own):
+            both = [(seconds(step), seconds(base)) for _ in range(pairs + 5)][5:]
+            ratios.append(statistics.median(one / other for one, other in both))
+        print(f"{name:<24}{statistics.fmean(ratios):.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
