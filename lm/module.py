@@ -116,8 +116,8 @@ class ScheduleConfig:
         follow: the run's length is `trainer.max_steps`, or what the clock allows (`run.max_minutes`).
         average_ratio: the share of the run, at its end, over whose updates the weights are averaged. From then on
             validation, samples and whatever loads a checkpoint use the mean; training goes on with the last weights.
-        context_lengths: tokens that a position may look back over, from these shares of the run on: {0.0: 128, 0.3:
-            256}. The training windows are cut into pieces of that length, so the tokens of an update stay the same.
+        context_lengths: tokens per training sequence from these percentages of the run on, {0: 128, 30: 256}: windows
+            are cut into pieces of that length, so that the tokens of an update stay the same.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -129,7 +129,7 @@ class ScheduleConfig:
     decay_ratio: float = 0.3
     follow: Literal["steps", "clock"] = "steps"
     average_ratio: float = 0.0
-    context_lengths: dict[float, int] = field(default_factory=dict)
+    context_lengths: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
@@ -137,13 +137,15 @@ class ScheduleConfig:
         for name in ("min_lr_ratio", "decay_ratio", "average_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
-        for share, length in self.context_lengths.items():
-            if not (0 <= share < 1 and length > 0):
-                raise ValueError(f"context_lengths={self.context_lengths} must give lengths for shares in [0, 1)")
+        for percent, length in self.context_lengths.items():
+            if not (0 <= percent < 100 and length > 0):
+                raise ValueError(
+                    f"context_lengths={self.context_lengths} must give lengths for percentages in [0, 100)"
+                )
 
     def context_length(self, progress: float) -> int | None:
         """Tokens per piece of a window at this share of the run; None for whole windows."""
-        lengths = [length for share, length in sorted(self.context_lengths.items()) if share <= progress]
+        lengths = [length for percent, length in sorted(self.context_lengths.items()) if percent <= 100 * progress]
         return lengths[-1] if lengths else None
 
     def rate(self, step: int, num_steps: float, max_lr: float) -> float:

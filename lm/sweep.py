@@ -67,7 +67,7 @@ class PlannedRun:
     def experiment(self) -> str:
         """A hash of all settings that are said anywhere; equal for runs that differ only in where they are kept."""
         merged: dict[str, Any] = {}
-        for config in (DEFAULT_CONFIG, *self.configs):
+        for config in (str(DEFAULT_CONFIG), *self.configs):
             merged |= flatten(yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {})
         return hashlib.sha256(json.dumps(merged | dict(self.settings), sort_keys=True).encode()).hexdigest()
 

@@ -18,7 +18,7 @@ OPTIONS = [
     "--model.transformer.qk_norm=true",
     "--model.transformer.logit_softcap=15",
     "--model.optimizer.matrices=normuon",
-    "--model.schedule.context_lengths={0.0: 8}",
+    "--model.schedule.context_lengths={0: 8}",
 ]
 
 

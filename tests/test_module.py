@@ -79,7 +79,7 @@ def test_a_resumed_schedule_is_the_one_given_now() -> None:
         (lambda: ScheduleConfig(warmup_steps=-1), "warmup_steps=-1 must not be negative"),
         (lambda: ScheduleConfig(min_lr_ratio=1.5), "min_lr_ratio=1.5 must be in"),
         (lambda: ScheduleConfig(average_ratio=-0.5), "average_ratio=-0.5 must be in"),
-        (lambda: ScheduleConfig(context_lengths={1.0: 8}), "must give lengths for shares"),
+        (lambda: ScheduleConfig(context_lengths={100: 8}), "must give lengths for percentages"),
     ],
 )
 def test_settings_out_of_range_are_refused(make: Callable[[], Any], message: str) -> None:
@@ -149,7 +149,7 @@ def test_the_validation_loss_is_that_of_torch_over_every_target(fit: Fit, datase
 @pytest.mark.parametrize("staged", [False, True], ids=["plain", "staged"])
 def test_the_trainer_takes_the_steps_of_a_plain_loop(fit: Fit, dataset: Path, staged: bool) -> None:
     """The same windows, clipping, rate and AdamW (torch's) in ten lines give the same losses."""
-    stages = ["--model.schedule.context_lengths={0.0: 4, 0.5: 8}", "--data.batch_schedule={3: 6, 7: 2}"]
+    stages = ["--model.schedule.context_lengths={0: 4, 50: 8}", "--data.batch_schedule={3: 6, 7: 2}"]
     assert fit("--trainer.gradient_clip_val=0.5", "--seed_everything=3", *(stages if staged else [])) == 0
     torch.manual_seed(3)
     config = TransformerConfig(
@@ -207,7 +207,7 @@ def test_what_needs_whole_tensors_is_refused_under_fsdp(
 
 def test_a_context_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="100 must divide context_length=256"):
-        LanguageModel(TransformerConfig(vocab_size=257), schedule=ScheduleConfig(context_lengths={0.0: 100}))
+        LanguageModel(TransformerConfig(vocab_size=257), schedule=ScheduleConfig(context_lengths={0: 100}))
 
 
 def test_accumulated_batches_are_one_larger_batch(fit: Fit) -> None:

@@ -138,7 +138,7 @@ VARIANTS = {
         "--model.transformer.value_embeddings=true",
         "--model.z_loss=0.001",
         "--model.schedule.average_ratio=0.5",
-        "--model.schedule.context_lengths={0.0: 8, 0.5: 16}",
+        "--model.schedule.context_lengths={0: 8, 50: 16}",
         "--data.batch_schedule={2: 6}",
     ],
 }

@@ -54,7 +54,7 @@ def make_steps(settings: dict[str, Any]) -> list[Callable[[], None]]:
         clip_gradients(model.parameters(), 1.0)
         optimizer.step()
 
-    lengths = settings.get("model.schedule.context_lengths", {0.0: context_length})
+    lengths = settings.get("model.schedule.context_lengths", {0: context_length})
     return [partial(step, length) for length in lengths.values()]
 
 
