@@ -136,14 +136,32 @@ class CompressedFile(PlainFile):
         self.stream = gzip.GzipFile(path) if path.suffix == ".gz" else lzma.LZMAFile(path)  # noqa: SIM115
         self.kept, self.kept_offset = bytearray(), 0
 
+    def _decompress(self, size: int) -> bytes:
+        """The next `size` bytes; fewer at the end of the text."""
+        try:
+            return self.stream.read(size)
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            raise ValueError(f"{self.path} is not a whole {self.path.suffix} file: {error}") from error
+
+    def measure(self) -> int:
+        """Size of the text, found by decompressing all of it once."""
+        self.num_bytes = 0
+        while block := self._decompress(1 << 20):
+            self.num_bytes += len(block)
+        self.stream.seek(0)
+        return self.num_bytes
+
+    def skip(self, offset: int) -> None:
+        """Go forward to `offset` and keep nothing that lies before."""
+        self.forget(offset)
+        while self.kept_offset < offset and (block := self._decompress(min(1 << 20, offset - self.kept_offset))):
+            self.kept_offset += len(block)
+
     def clip(self, offset: int) -> int:
         """`offset`, or the end of the text if that comes first; reads as far."""
         missing = offset - self.kept_offset - len(self.kept)
         if missing > 0:
-            try:
-                self.kept += self.stream.read(missing)
-            except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-                raise ValueError(f"{self.path} is not a whole {self.path.suffix} file: {error}") from error
+            self.kept += self._decompress(missing)
         return min(offset, self.kept_offset + len(self.kept))
 
     def read_into(self, buffer: NDArray[np.uint8], offset: int) -> None:
@@ -152,9 +170,10 @@ class CompressedFile(PlainFile):
         buffer[:] = np.frombuffer(self.kept, np.uint8)[first : first + len(buffer)]
 
     def forget(self, offset: int) -> None:
-        """Keep nothing that lies before `offset`."""
-        del self.kept[: offset - self.kept_offset]
-        self.kept_offset = offset
+        """Keep nothing of what has been read that lies before `offset`."""
+        surplus = min(max(offset - self.kept_offset, 0), len(self.kept))
+        del self.kept[:surplus]
+        self.kept_offset += surplus
 
 
 class ChunkReader:

@@ -88,7 +88,8 @@ def encode_files(
         input_paths: UTF-8 text files; .gz and .xz are decompressed.
         output_path: name of the .npy file; an older file of that name is replaced at the end.
         num_threads: by default one per processor.
-        shard: encode only this part of the text; the ids of all shards, joined in order, are those of the whole.
+        shard: encode only this part of the text; the ids of all shards, joined in order, are those of the whole. A
+            compressed file is decompressed twice for it, once to learn its size and then up to the shard's end.
         errors: refuse bytes that are no UTF-8 ("strict"), or encode U+FFFD instead ("replace").
         progress: draw a progress bar also where stderr is no terminal.
 
@@ -185,25 +186,30 @@ class ShardReader(ChunkReader):
     def __init__(self, paths: list[Path], special_tokens: list[str], errors: Errors, shard: Shard | None) -> None:
         super().__init__(paths, special_tokens, errors, CHUNK_BYTES)
         self.num_chunks = 0
-        self.last = (len(self.files), 0)  # the file and the place in it where the shard ends
+        self.stop = (len(self.files), 0)  # the file, and the byte in it, after which the next cut ends the shard
+        self.last: int | None = None  # that cut, once it is known
         if shard is not None:
-            if self.num_bytes is None:
-                raise ValueError(f"shard={shard.part}/{shard.of} needs text files that are not compressed")
-            total = self.num_bytes
-            self.current, self.offset = self._cut_from(total * (shard.part - 1) // shard.of)
-            self.last = self._cut_from(total * shard.part // shard.of)
-            self.num_bytes = total // shard.of
+            sizes = [file.measure() if isinstance(file, CompressedFile) else file.before.st_size for file in self.files]
+            self.num_bytes = sum(sizes) // shard.of
+            self.stop = self._place(sum(sizes) * shard.part // shard.of, sizes)
+            self.current, position = self._place(sum(sizes) * (shard.part - 1) // shard.of, sizes)
+            if position > 0:
+                file = self.files[self.current]
+                if isinstance(file, CompressedFile):
+                    file.skip(position - self.finder.margin)
+                self.offset = self._first_cut(file, position)
 
-    def _cut_from(self, position: int) -> tuple[int, int]:
-        """The first place to cut from byte `position` of all files on: number of the file and offset in it."""
-        for number, file in enumerate(self.files):
-            size = file.before.st_size
+    @staticmethod
+    def _place(position: int, sizes: list[int]) -> tuple[int, int]:
+        """Number of the file that has byte `position` of all files, and the offset in it."""
+        for number, size in enumerate(sizes):
             if position < size:
-                return number, self._first_cut(file, position) if position else 0
+                return number, position
             position -= size
-        return len(self.files), 0
+        return len(sizes), 0
 
     def _first_cut(self, file: PlainFile, position: int) -> int:
+        """The first place to cut `file` from `position` on: the same for the shards on both sides."""
         self.chunk_bytes, usual = position, self.chunk_bytes
         try:
             return self._end_of_chunk(file, 0)
@@ -212,12 +218,16 @@ class ShardReader(ChunkReader):
 
     def _next_piece(self) -> tuple[PlainFile, int, int] | None:
         piece = super()._next_piece()
-        if piece is None or (self.current, piece[1]) >= self.last:
-            return None
+        if piece is None or (self.current, piece[2]) < self.stop:
+            return piece
         file, begin, end = piece
-        if (self.current, end) > self.last:
-            end = self.offset = self.last[1]
-        return file, begin, end
+        last_file, position = self.stop
+        if self.current > last_file or position == 0:
+            return None
+        if self.last is None:
+            self.last = self._first_cut(file, position)
+        end = self.offset = min(end, self.last)
+        return (file, begin, end) if begin < end else None
 
     def take(self, buffer: NDArray[np.uint8]) -> tuple[int, Chunk] | None:
         """Number and text of the next chunk, None at the end; uses `buffer` for it, if that is large enough."""
@@ -232,7 +242,7 @@ class ShardReader(ChunkReader):
                 buffer = np.zeros(end - begin + PADDING, np.uint8)
             if isinstance(file, CompressedFile):
                 file.read_into(buffer[: end - begin], begin)
-                file.forget(end)
+                file.forget(end - self.finder.margin)  # what decides about a cut at `end`
         if not isinstance(file, CompressedFile):
             file.read_into(buffer[: end - begin], begin)
         return number, Chunk(file.path, begin, end - begin, buffer)
