@@ -4,6 +4,7 @@ import functools
 import itertools
 import pickle
 import random
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -19,6 +20,7 @@ from timing import ALMOST_LINEAR, slope_of
 
 from tokenizer import Tokenizer, bpe, reference
 from tokenizer.bpe import BytesEncoder, merge_pretoken
+from tokenizer.kernels import lists
 from tokenizer.pretokenize import PATTERN
 
 END = "<|endoftext|>"
@@ -332,6 +334,56 @@ class TestDecode:
 
     def test_decodes_any_iterable(self, small: Tokenizer) -> None:
         assert small.decode(iter(small.encode("low lower"))) == "low lower"
+
+
+class TestLists:
+    """Ids to and from the memory of Python's lists, and what is done instead where that is not known."""
+
+    @pytest.fixture(params=[True, False])
+    def known(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+        monkeypatch.setattr(lists, "KNOWN", lists.KNOWN and request.param)
+        return lists.KNOWN
+
+    def test_known_here(self) -> None:
+        assert lists.KNOWN or not (3, 11) <= sys.version_info[:2] <= (3, 13)
+
+    def test_lists_are_like_any_other(self, gpt2: Tokenizer, known: bool) -> None:
+        twin = BytesOfTwin.of(gpt2)
+        text = "the quick brown fox é中文 " * 500
+        ids = twin.encode(text)
+        expected = np.array(ids).tolist()
+        assert ids == expected and type(ids) is list and {type(token_id) for token_id in ids} == {int}
+        ids.append(3)
+        ids.sort()
+        assert ids == sorted([*expected, 3])
+        assert twin.decode(expected) == twin.decode(tuple(expected)) == twin.decode(iter(expected)) == text
+        assert twin.decode(np.array(expected)) == text
+
+    def test_references_are_counted(self, compiled: Tokenizer) -> None:
+        """Each element is one reference more, and deleting the list takes all of them back."""
+        text = "low lower newest widest über 中文 " * 100
+        ids = compiled.encode(text)
+        some = {token_id: ids.count(token_id) for token_id in set(ids) if token_id > 256}
+        objects = {token_id: next(i for i in ids if i == token_id) for token_id in some}
+        counts = {token_id: sys.getrefcount(objects[token_id]) for token_id in some}
+        again = compiled.encode(text)
+        for token_id, more in some.items():
+            assert sys.getrefcount(objects[token_id]) - counts[token_id] == more
+        del again
+        for token_id in some:
+            assert sys.getrefcount(objects[token_id]) == counts[token_id]
+
+    def test_what_is_not_quite_an_int(self, compiled: Tokenizer, known: bool) -> None:
+        """A bool or a NumPy int is the id it equals; a text, a fraction or a number of any size is refused by name."""
+        good = compiled.encode("low lower newest " * 100)
+        expected = compiled.decode(good)
+        for one in (True, np.uint16(1), np.int64(1), 1.0):
+            assert compiled.decode([*good, one]) == expected + compiled.decode([1])  # type: ignore[list-item]
+        for bad in (-1, 1 << 31, 1 << 32, 1 << 63, -(1 << 63), 1 << 64, 1 << 200, "1", None, 0.5, np.int64(-1)):
+            with pytest.raises(ValueError, match=re.escape(repr(bad))):
+                compiled.decode([*good, bad])  # type: ignore[list-item]
+            with pytest.raises(ValueError, match=re.escape(repr(bad))):
+                compiled.decode([bad, *good])  # type: ignore[list-item]
 
 
 class TestLongPretokens:

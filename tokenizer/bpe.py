@@ -12,7 +12,6 @@ import functools
 import hashlib
 import heapq
 import os
-import struct
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -378,9 +377,10 @@ class CompiledTokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         # All of the cache at once, so that encoding takes no more memory later.
         self.encoder = BytesEncoder(tokenizer, first_slots=1 << 17, max_slots=1 << 17)
-        from tokenizer.kernels import encode as kernels
+        from tokenizer.kernels import encode, lists
 
-        self._encode_known = kernels.encode_known
+        self._kernels, self._lists = encode, lists
+        self._encode_known = encode.encode_known
         self._classes = pretokenize.unicode_classes()
         self._special_tokens = tokenizer.special_tokens
         self._lock = threading.Lock()
@@ -391,10 +391,13 @@ class CompiledTokenizer:
         self._token_bytes = np.frombuffer(b"".join(tokens) + bytes(64), np.uint8)
         self._token_ends = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
         self._has_every_id = len(tokenizer.vocab) == tokenizer.vocab_size
+        self._ints = list(range(tokenizer.vocab_size))  # keeps alive what the next line has the addresses of
+        self._int_addresses = np.fromiter(map(id, self._ints), np.uint64, len(self._ints))
         # Load every kernel now, so that none has to be later, when memory may be short.
         nothing = np.frombuffer(PADDING_BYTES, np.uint8)
         self._encode_known(nothing, 0, self._classes, self.encoder.slots, self._starts, self._ids)
         self.encoder.encode(nothing, 0, self._starts, self._ids)
+        self._as_list(self._ids[:0], 0)
         self.decode([])
 
     def encode(self, text: str) -> list[int]:
@@ -414,23 +417,32 @@ class CompiledTokenizer:
             if size > self.SCRATCH:
                 starts, ids = np.empty(size + 1, np.uint32), np.empty(size + 3, self._dtype)
             count = self.encoder.encode(buffer, size, starts, ids)
+            return self._as_list(ids, count)
+
+    def _as_list(self, ids: NDArray[Any], count: int) -> list[int]:
+        if not self._lists.KNOWN:
             return ids[:count].tolist()
+        target: list[int] = self._lists.new_list(count)
+        self._lists.fill_list(id(target), self._int_addresses, ids, count)
+        return target
 
     def decode(self, ids: Sequence[int]) -> bytes | None:
-        """The bytes of token ids; None if one of them is no id."""
-        from tokenizer.kernels import encode as kernels
-
-        try:
-            packed = np.frombuffer(struct.pack(f"{len(ids)}I", *ids), np.uint32)
-        except struct.error:
-            return None
+        """The bytes of token ids; None if one of them is no id, or is not quite an int."""
         if not self._has_every_id:
             return None
-        size = kernels.decoded_size(packed, self._token_ends)
+        if self._lists.KNOWN and isinstance(ids, list):
+            packed = np.empty(len(ids), np.uint32)
+            size = self._lists.read_list(id(ids), id(int), self._token_ends, packed)
+        else:
+            try:
+                packed = np.frombuffer(array.array("I", ids), np.uint32)
+            except (TypeError, OverflowError):
+                return None
+            size = self._kernels.decoded_size(packed, self._token_ends)
         if size < 0:
             return None
         out = np.empty(size + 64, np.uint8)
-        kernels.decode_ids(packed, self._token_bytes, self._token_ends, out)
+        self._kernels.decode_ids(packed, self._token_bytes, self._token_ends, out)
         return out[:size].tobytes()
 
 
@@ -474,9 +486,11 @@ class BytesEncoder:
         return self._cache.slots
 
     def _empty_cache(self, words: int) -> Any:
-        cache = self._kernels.Cache(np.empty(words, np.uint64), np.empty(words // 2, np.uint32), np.zeros(2, np.int64))
-        cache.slots.fill(0)  # unlike np.zeros, takes the memory now
-        return cache
+        room = np.empty(words + 8, np.uint64)
+        begin = -room.ctypes.data % 64 // 8  # no slot lies across two lines of the processor's cache
+        slots = room[begin : begin + words]
+        slots.fill(0)  # unlike np.zeros, takes the memory now
+        return self._kernels.Cache(slots, np.empty(words // 2, np.uint32), np.zeros(2, np.int64))
 
     def copy(self) -> "BytesEncoder":
         """One for another thread: the same tables, an empty cache of its own."""

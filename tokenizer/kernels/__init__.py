@@ -1,1 +1,4 @@
-"""The compiled inner loops: scan, count, merge, encode. Each has a textbook version in `tokenizer.reference`."""
+"""The compiled inner loops: scan, count, merge, encode, and lists of ints.
+
+Each algorithm has a textbook version in `tokenizer.reference`.
+"""

@@ -39,9 +39,14 @@ def inline_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return _compiled(function, inline=True)
 
 
-def _compiled(function: Callable[..., Any], inline: bool) -> Callable[..., Any]:
+def python_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A `kernel` that keeps the GIL, because it works on Python's objects."""
+    return _compiled(function, inline=False, nogil=False)
+
+
+def _compiled(function: Callable[..., Any], inline: bool, nogil: bool = True) -> Callable[..., Any]:
     compiler: Callable[..., Any] = njit
-    compiled = compiler(nogil=True, cache=True, error_model="numpy", _nrt=False, forceinline=inline)(function)
+    compiled = compiler(nogil=nogil, cache=True, error_model="numpy", _nrt=False, forceinline=inline)(function)
     compiled._cache._cache_file._source_stamp = SOURCES
     return compiled
 
@@ -104,6 +109,27 @@ def load_word(typing_context: Any, array: Any, position: Any) -> Any:
         return builder.load(builder.bitcast(address, WORD.as_pointer()), align=1)
 
     return types.uint64(array, types.int64), generate
+
+
+@instruction
+def word_at(typing_context: Any, address: Any) -> Any:
+    """The 8 bytes of memory at `address`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load(builder.inttoptr(arguments[0], WORD.as_pointer()))
+
+    return types.uint64(types.uint64), generate
+
+
+@instruction
+def set_word_at(typing_context: Any, address: Any, value: Any) -> Any:
+    """Write 8 bytes of memory at `address`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.store(arguments[1], builder.inttoptr(arguments[0], WORD.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64), generate
 
 
 @instruction
