@@ -363,15 +363,15 @@ class TestLists:
         """Each element is one reference more, and deleting the list takes all of them back."""
         text = "low lower newest widest über 中文 " * 100
         ids = compiled.encode(text)
-        some = {token_id: ids.count(token_id) for token_id in set(ids) if token_id > 256}
-        objects = {token_id: next(i for i in ids if i == token_id) for token_id in some}
-        counts = {token_id: sys.getrefcount(objects[token_id]) for token_id in some}
+        objects = list({token_id: token_id for token_id in ids if token_id > 256}.values())
+        expected = [ids.count(token_id) for token_id in objects]
+        before = [sys.getrefcount(one) for one in objects]
         again = compiled.encode(text)
-        for token_id, more in some.items():
-            assert sys.getrefcount(objects[token_id]) - counts[token_id] == more
+        with_both = [sys.getrefcount(one) for one in objects]
         del again
-        for token_id in some:
-            assert sys.getrefcount(objects[token_id]) == counts[token_id]
+        after = [sys.getrefcount(one) for one in objects]
+        assert [many - few for many, few in zip(with_both, before, strict=True)] == expected
+        assert after == before
 
     def test_what_is_not_quite_an_int(self, compiled: Tokenizer, known: bool) -> None:
         """A bool or a NumPy int is the id it equals; a text, a fraction or a number of any size is refused by name."""
