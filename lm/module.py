@@ -365,7 +365,7 @@ class LanguageModel(LightningModule):
     def num_steps(self, step: int) -> float:
         """Updates in the whole run. By the clock, that is estimated anew at each step; `step` of them are done."""
         num_steps = float(self.trainer.max_steps) if self.trainer.max_steps > 0 else math.inf
-        if self.schedule.follow == "clock" and self.clock_progress:
+        if self.schedule.follow == "clock" and self.clock_progress and step:
             num_steps = min(num_steps, step / self.clock_progress)
         return num_steps
 
