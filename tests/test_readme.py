@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,15 @@ def as_run_here(command: str) -> list[str]:
     return words + (shlex.split(SHORT) if "fit" in words and "--print_config" not in words else [])
 
 
+def serve_and_interrupt(words: list[str], folder: Path) -> None:
+    """Start a server, wait for its address, end it by Ctrl-C."""
+    with subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert any("Ctrl-C ends" in line for line in iter(process.stdout.readline, ""))
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_command_runs(tmp_path: Path) -> None:
@@ -71,6 +81,9 @@ def test_every_command_runs(tmp_path: Path) -> None:
         write_corpus(tmp_path / name, 300_000, seed)
     for command in readme_commands():
         if not command.startswith(RUN_BY_CI):
+            if command.startswith("python -m lm serve"):
+                serve_and_interrupt([*as_run_here(command), "--port", "0"], tmp_path)
+                continue
             done = subprocess.run(
                 as_run_here(command), cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL
             )
