@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import os
 import re
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from browser import Browser, find_browser
-from toy import start
+from toy import command
 
 from lm import serve
 from lm.checkpoint import AtomicCheckpointIO
@@ -410,7 +412,14 @@ def test_command_warns_when_others_can_reach_it(
 
 
 def test_command_serves_until_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
-    with start("serve", f"--logs={tmp_path}", "--port=0", "--device=cpu", cwd=tmp_path) as process:
+    with subprocess.Popen(
+        command("serve", f"--logs={tmp_path}", "--port=0", "--device=cpu"),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
         assert process.stdout is not None
         assert "parameters" in process.stdout.readline()
         found = re.match(r"http://127\.0\.0\.1:(\d+)/   Ctrl-C ends", process.stdout.readline())
