@@ -109,15 +109,14 @@ class Session:
         while True:
             try:
                 line = input("> " if sys.stdin.isatty() else "")
+                if line.strip() == "/quit":
+                    return
+                self.answer(line)
             except EOFError:
                 self.say("")
                 return
             except KeyboardInterrupt:
                 self.say("\nCtrl-D ends")
-                continue
-            if line.strip() == "/quit":
-                return
-            self.answer(line)
 
     def answer(self, line: str) -> None:
         """Do what one line asks for; what is wrong with it is one line on stderr."""
@@ -165,8 +164,8 @@ class Session:
         """Print a prompt and its continuation as it comes, then the speed."""
         steps = Timed(sample_texts(self.model, self.tokenizer, prompt, self.sampling))
         self.prompt = self.text = prompt
-        print(prompt, end="", flush=True)
         try:
+            print(prompt, end="", flush=True)
             for piece in decode_steps(self.tokenizer, steps):
                 self.text += piece
                 print(piece, end="", flush=True)
