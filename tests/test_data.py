@@ -421,6 +421,7 @@ def test_a_resumed_run_begins_after_the_last_batch_that_was_processed(dataset: P
     progress = SimpleNamespace(total=SimpleNamespace(processed=5))
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+        accumulate_grad_batches=1,
         global_rank=0,
         world_size=1,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
