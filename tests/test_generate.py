@@ -367,7 +367,12 @@ def test_session_in_a_real_terminal(checkpoint: Path, tmp_path: Path) -> None:
     wait_for(b"a\r\na")
     os.write(terminal, b"\x03")
     wait_for(b"stopped: ", b"> ")
-    os.write(terminal, b"\x03")
+    while (
+        True
+    ):  # CPython overlooks a signal between its prompt and its wait for keys, as one does who then presses again
+        os.write(terminal, b"\x03")
+        if select.select([terminal], [], [], 5)[0]:
+            break
     wait_for(b"Ctrl-D ends", b"> ")
     os.write(terminal, b"\x04")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
