@@ -67,7 +67,9 @@ def test_every_tool_that_is_listed_is_there() -> None:
         assert callable(getattr(importlib.import_module(module), function)), name
 
 
-@pytest.mark.parametrize(("tool", "option"), [("generate", "--max_new_tokens"), ("serve", "--port")])
+@pytest.mark.parametrize(
+    ("tool", "option"), [pytest.param("generate", "--max_new_tokens", marks=pytest.mark.slow), ("serve", "--port")]
+)
 def test_a_tool_starts_without_lightning(tool: str, option: str) -> None:
     program = (
         "import sys, lm.__main__ as m\n"

@@ -276,6 +276,7 @@ pretokenize.count_pretokens({str(path)!r}, [], num_threads=2, chunk_bytes=2000)
     assert b"KeyboardInterrupt" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     """Ten times the text, the same words: the peak of the process grows by less than a tenth of the text."""

@@ -144,7 +144,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", ["accumulation", "leaderboard"])
+@pytest.mark.parametrize("variant", ["accumulation", pytest.param("leaderboard", marks=pytest.mark.slow)])
 def test_a_run_stopped_in_every_single_step_equals_the_unbroken_one(runs: Runs, variant: str) -> None:
     assert runs.fit("whole", *VARIANTS[variant]) == 0
     seen, runs.batches = runs.batches, []

@@ -86,6 +86,7 @@ def test_every_variant_parses_and_follows_its_steps(
     assert len(different) == len(parsed), "two variants that are the same run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", BOARD)
 def test_every_run_for_the_leaderboard_has_the_same_time(

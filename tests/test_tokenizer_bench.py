@@ -35,6 +35,7 @@ def record(entry: str, seconds: dict[str, list[float]], **more: Any) -> dict[str
     return {"entry": entry, "threads": 1, "seconds": seconds, **size, **more}
 
 
+@pytest.mark.slow
 def test_a_run_measures_compares_and_reports(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

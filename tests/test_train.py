@@ -124,6 +124,7 @@ def test_equals_another_library_where_it_breaks_no_tie(corpora, tmp_path: Path, 
 # What must not matter
 
 
+@pytest.mark.slow
 def test_neither_threads_nor_files_nor_hash_seed_matter(tmp_path: Path, fixtures) -> None:
     text = (fixtures / "corpus.en").read_bytes()
     cut = text.index(b"\n", 60_000)
