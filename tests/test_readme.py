@@ -1,6 +1,9 @@
 """The README's commands, run as they stand there, in order, in one empty folder; long runs are cut to a few steps."""
 
+import multiprocessing
+import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -64,6 +67,15 @@ def as_run_here(command: str) -> list[str]:
     return words + (shlex.split(SHORT) if "fit" in words and "--print_config" not in words else [])
 
 
+def run_module(words: list[str], folder: Path, output: Path) -> None:
+    """`python -m words...` in this process and a folder, all that it says into a file."""
+    os.chdir(folder)
+    for descriptor in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
 def serve_and_interrupt(words: list[str], folder: Path) -> None:
     """Start a server, wait for its address, end it by Ctrl-C."""
     with subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
@@ -76,15 +88,23 @@ def serve_and_interrupt(words: list[str], folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_command_runs(tmp_path: Path) -> None:
+    """Each in a process of its own; a server that has imported the libraries once forks them, or imports took half."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for seed, name in enumerate(("my.txt", "other.txt")):
         write_corpus(tmp_path / name, 300_000, seed)
-    for command in readme_commands():
-        if not command.startswith(RUN_BY_CI):
-            if command.startswith("python -m lm serve"):
-                serve_and_interrupt([*as_run_here(command), "--port", "0"], tmp_path)
-                continue
-            done = subprocess.run(
-                as_run_here(command), cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL
-            )
-            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["lm.cli"])
+    for number, command in enumerate(readme_commands()):
+        if command.startswith(RUN_BY_CI):
+            continue
+        words = as_run_here(command)
+        if command.startswith("python -m lm serve"):
+            serve_and_interrupt([*words, "--port", "0"], tmp_path)
+        elif words[:2] == [sys.executable, "-m"]:
+            output = tmp_path / f"output-{number}"
+            process = processes.Process(target=run_module, args=(words[2:], tmp_path, output))
+            process.start()
+            process.join()
+            assert process.exitcode == 0, f"{command}\n{output.read_text()[-4000:]}"
+        else:
+            subprocess.run(words, cwd=tmp_path, check=True, stdin=subprocess.DEVNULL)
