@@ -33,7 +33,7 @@ from lm.checkpoint import AtomicCheckpointIO, best_checkpoint, check_folder, fin
 from lm.control import RunConfig, RunControl, Signals, Stopped
 from lm.data import TokenDataModule
 from lm.model import TransformerConfig
-from lm.module import LanguageModel, OptimizerConfig, ScheduleConfig
+from lm.module import LanguageModel, OptimizerConfig, ScheduleConfig, uses_cuda_graphs
 from lm.options import explain, fail, is_first_rank, known_keys
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "builtin.yaml"
@@ -298,6 +298,12 @@ def find_problems(config: Namespace, subcommand: str) -> list[str]:
     for name in ("train_text", "valid_text"):
         if getattr(data, name) is not None and not Path(getattr(data, name)).is_file():
             problems.append(f"data.{name}: there is no file {getattr(data, name)}")
+    if uses_cuda_graphs(config.model.compile) and trainer.accumulate_grad_batches > 1:
+        problems.append(
+            f"model.compile={config.model.compile} with trainer.accumulate_grad_batches="
+            f"{trainer.accumulate_grad_batches}: each batch would overwrite the gradients of the one before; "
+            "use --model.compile true"
+        )
     if (data.val_context_length or 0) > data.context_length and config.model.transformer.position == "rope":
         problems.append(
             f"data.val_context_length={data.val_context_length} is longer than data.context_length="
