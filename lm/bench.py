@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -74,9 +75,9 @@ SMALL_GPT2 = dataclasses.replace(accounting.named_config("gpt2-small"), vocab_si
 SUITES: dict[str, list[Setting]] = {
     "cpu": [Setting("demo", DEMO, 8, steps=25, rounds=7), Setting("base", BASE, 8, steps=1, rounds=9)],
     "gpu": [
-        Setting("base, float32", BASE, 128, steps=20),
         Setting("base, bf16, compiled", BASE, 256, "bf16-mixed", compile=True, steps=50),
         Setting("12 x 768, context 1024, bf16, compiled", SMALL_GPT2, 32, "bf16-mixed", compile=True, steps=10),
+        Setting("base, float32", BASE, 128, steps=20),
     ],
 }
 
@@ -201,7 +202,9 @@ class Trainer:
         self.device_tokens = DeviceTokens(TokenFile(directory / "train.npy"), device) if on_device else None
         if self.ours:
             self.model: nn.Module = TransformerLM(setting.model, device)
-            self.optimizer: torch.optim.Optimizer = AdamW(self.model.parameters(), **ADAMW)
+            adamw = AdamW(self.model.parameters(), **ADAMW)
+            adamw.compiled = setting.compile
+            self.optimizer: torch.optim.Optimizer = adamw
         else:
             model = BuiltinLM(setting.model) if entrant == "builtin" else make_llama(setting.model)
             self.model = model.to(device)
@@ -658,6 +661,7 @@ def markdown(result: dict[str, Any]) -> str:
                     f"| {ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) |"
                 )
         lines.append("")
+    lines += [f"Not measured: {lost['kind']} {lost['name']}: {lost['error']}" for lost in result.get("failures", [])]
     return "\n".join(lines)
 
 
@@ -671,6 +675,8 @@ def run(
     device: str = "auto",
 ) -> None:
     """Measure training steps and generation beside what one would write without this project.
+
+    A part that fails is named in the result and costs no other; the JSON file is written after each part.
 
     Args:
         suite: which settings; auto takes gpu where there is one. `--suite gpu` alone measures all GPU figures.
@@ -693,18 +699,34 @@ def run(
         raise ValueError(f"only={only!r} is in no name of: {', '.join(s.name for s in SUITES[suite])}")
     others: list[Entrant] = installed_rivals() if rivals else ["builtin"]
     result: dict[str, Any] = {"machine": machine(target), "suite": suite, "training": [], "generation": []}
-    for setting in settings:
-        setting = dataclasses.replace(setting, rounds=rounds or setting.rounds)
-        print(f"training: {setting.name} ...", file=sys.stderr)
-        matmul = matmul_flops(target, setting.precision)
-        result["training"].append(compare_training(setting, target, others, matmul))
-        print(f"generation: {setting.name} ...", file=sys.stderr)
-        result["generation"].append(compare_generation(setting, target, others, rounds=min(3, setting.rounds)))
+    result["failures"] = []
+
+    def train(setting: Setting) -> dict[str, Any]:
+        return compare_training(setting, target, others, matmul_flops(target, setting.precision))
+
+    def write(setting: Setting) -> dict[str, Any]:
+        return compare_generation(setting, target, others, rounds=min(3, setting.rounds))
+
+    settings = [dataclasses.replace(setting, rounds=rounds or setting.rounds) for setting in settings]
+    measurements: dict[str, Callable[[Setting], dict[str, Any]]] = {"training": train, "generation": write}
+    for kind, measure in measurements.items():  # the training of all settings first: it is asked for most
+        for setting in settings:
+            print(f"{kind}: {setting.name} ...", file=sys.stderr)
+            try:
+                result[kind].append(measure(setting))
+            except Exception as error:  # a part that fails, for want of memory say, costs only itself
+                traceback.print_exc()
+                message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                result["failures"].append({"kind": kind, "name": setting.name, "error": message})
+            if target.type == "cuda":
+                torch.cuda.empty_cache()
+            if json_path is not None:  # after each part, for whatever ends the process
+                with atomic_write(json_path, "w") as file:
+                    json.dump(result, file, indent=1)
     text = markdown(result)
     print(text)
-    if json_path is not None:
-        with atomic_write(json_path, "w") as file:
-            json.dump(result, file, indent=1)
     if markdown_path is not None:
         with atomic_write(markdown_path, "w") as file:
             file.write(text)
+    if not (result["training"] or result["generation"]):
+        raise ValueError("nothing could be measured: what went wrong stands above")

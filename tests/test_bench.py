@@ -50,6 +50,35 @@ def test_requests_that_cannot_be() -> None:
         bench.run(suite="gpu", device="cpu")
 
 
+def test_a_part_that_fails_is_named_and_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    kept = []
+
+    def fail(setting: Setting, *args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of\nmemory")
+
+    def measure(setting: Setting, *args: object, rounds: int) -> dict[str, object]:
+        kept.append(len(json.loads(path.read_text())["failures"]))  # on disk before the next part begins
+        return {"name": setting.name, "new_tokens": 1, "results": {}}
+
+    monkeypatch.setitem(bench.SUITES, "cpu", [Setting("a", TINY, 4), Setting("b", TINY, 4)])
+    monkeypatch.setattr(bench, "matmul_flops", lambda device, precision: 1e11)
+    monkeypatch.setattr(bench, "compare_training", fail)
+    monkeypatch.setattr(bench, "compare_generation", measure)
+    bench.run(suite="cpu", device="cpu", json_path=path)
+    result = json.loads(path.read_text())
+    assert kept == [2, 2]
+    assert [part["name"] for part in result["generation"]] == ["a", "b"]
+    lost = {"kind": "training", "name": "a", "error": "OutOfMemoryError: CUDA out of memory"}
+    assert result["failures"] == [lost, lost | {"name": "b"}]
+    assert "Not measured: training a: OutOfMemoryError: CUDA out of memory" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "compare_generation", lambda setting, *args, rounds: fail(setting))
+    with pytest.raises(ValueError, match="nothing could be measured"):
+        bench.run(suite="cpu", device="cpu")
+
+
 @pytest.mark.slow
 def test_whole_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(bench.SUITES, "cpu", [Setting("tiny", TINY, 4, steps=2, rounds=3)])
