@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROGRAM = """
 import json, re, sys
@@ -20,7 +20,6 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 from lm import functional, optim
-from lm.model import TransformerConfig, TransformerLM
 from lm.module import compiled
 
 torch.manual_seed(0)
@@ -35,33 +34,16 @@ def gradients(loss):
         value = loss(hidden, weight, targets)
     return [value, *torch.autograd.grad(value, (hidden, weight))]
 
-ours, code = run_and_get_code(gradients, torch.compile(functional.linear_cross_entropy))
+ours, code = run_and_get_code(gradients, compiled(functional.linear_cross_entropy, "reduce-overhead"))
 found["large"] = re.findall(r"empty_strided\\w*\\(\\((?:120|2, 60), 1000\\), .*(torch.\\w+)\\)", "".join(code))
 found["num_graphs"] = len(code)
 eager = gradients(functional.linear_cross_entropy)
 found["loss"] = [torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
-                 for a, b in zip(ours[1:], eager[1:])] + [abs(ours[0] - eager[0]).item()]
-
-# The whole model, attention in several blocks, in a mode of torch.compile's.
-functional.COMPILED_QUERIES = 6
-config = TransformerConfig(vocab_size=50, context_length=16, num_layers=2, num_heads=2, d_model=8, d_ff=16)
-model = TransformerLM(config)
-tokens, targets = torch.randint(50, (2, 3, 16))
-
-def steps(loss):
-    value = loss(tokens, targets)
-    return [value, *torch.autograd.grad(value, list(model.parameters()))]
-
-def loss(inputs, targets):
-    return model(inputs, targets=targets)
-
-expected = steps(loss)
-values = steps(compiled(loss, "reduce-overhead"))
-found["model"] = max((a - b).abs().max().item() for a, b in zip(values, expected))
+                 for a, b in zip(ours[1:], eager[1:])] + [abs(ours[0] / eager[0] - 1).item()]
 
 # The update, with another learning rate each time.
 counters.clear()
-shapes = [(50, 8), (8,), (8, 8), (16, 8), (8, 16)]
+shapes = [(50, 8), (8,)]
 start = [torch.randn(shape) for shape in shapes]
 copies = []
 for update in (optim.adamw_update, optim.fused_adamw_update):
@@ -69,7 +51,7 @@ for update in (optim.adamw_update, optim.fused_adamw_update):
     torch.manual_seed(1)
     params = [tensor.clone().requires_grad_() for tensor in start]
     optimizer = optim.AdamW(params, lr=1e-2, weight_decay=0.1)
-    for step in range(6):
+    for step in range(4):
         optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
         for param in params:
             param.grad = torch.randn_like(param)
@@ -95,11 +77,7 @@ def test_the_loss_makes_no_logits_in_float32(found: dict[str, Any]) -> None:
     assert found["large"] == ["torch.bfloat16"]  # the logits, which become their own gradient
     *cosines, difference = found["loss"]
     assert min(cosines) > 0.999
-    assert difference < 0.01 * 20
-
-
-def test_the_model_is_the_same_compiled_with_attention_in_blocks(found: dict[str, Any]) -> None:
-    assert found["model"] < 1e-5
+    assert difference < 0.01
 
 
 def test_the_update_is_the_same_and_compiled_once_whatever_the_rate(found: dict[str, Any]) -> None:

@@ -110,6 +110,7 @@ def test_a_run_ends_in_time_with_slow_validation_and_slow_saving(
     assert rate == pytest.approx(lowest) if follow == "clock" else rate > 10 * lowest
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_in_time_at_the_lowest_rate(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = SlowMachine(monkeypatch, step=0.2, validation=0.1, save=0.3)
     arguments = ["--model.schedule.follow=clock", "--trainer.max_steps=100000", "--data.val_batch_size=4"]

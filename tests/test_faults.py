@@ -580,7 +580,7 @@ def test_the_time_limit_holds_from_the_start_of_the_process_to_its_end(
     job: Callable[..., Job], shortest: float
 ) -> None:
     """With slow validation and slow saving; how exactly, test_control says by a clock of its own."""
-    limit = 10 + 3 * shortest
+    limit = 5 + 2 * shortest
     clock = [f"--run.max_minutes={limit / 60}", "--model.schedule.follow=clock", "--model.schedule.min_lr_ratio=0.1"]
     began = time.monotonic()
     run = job(*ENDLESS, *clock, "--run.validate_every_n_steps=1000000", "--data.val_batch_size=2", fault="slow 0 0")
