@@ -17,7 +17,7 @@ tokenizer.train tokenizer.bpe tokenizer.encode tokenizer tokenizer.stats tokeniz
 tokenizer.rivals tokenizer.bench tokenizer.__main__
 lm lm.gradients lm.functional lm.layers lm.model lm.optim lm.accounting lm.grammar lm.download lm.prepare lm.data
 lm.checkpoint lm.generate lm.session lm.serve lm.export lm.module lm.control lm.callbacks lm.report lm.bundle
-lm.options lm.cli lm.bench lm.sweep lm.__main__
+lm.options lm.cli lm.apart lm.rivals lm.measure lm.bench lm.sweep lm.__main__
 """.split()
 
 # What should be readable alone is held to less than the order allows.
@@ -29,11 +29,17 @@ ONLY = {
     "lm.optim": [],
     "lm.accounting": ["lm.model"],
     "lm.data": ["lm.prepare"],
+    "lm.apart": [],
+    "lm.rivals": ["lm.model"],
     "lm.checkpoint": ["lm.model", "tokenizer.files"],
     "lm.module": ["lm.functional", "lm.model", "lm.optim"],
 }
 USE_LIGHTNING = {"lm.data", "lm.module", "lm.control", "lm.callbacks", "lm.cli"}
-RUN_RIVALS = {"lm.bench", "tokenizer.rivals"}  # their job is to measure other implementations beside ours
+RUN_RIVALS = {
+    "lm.rivals",
+    "lm.measure",
+    "tokenizer.rivals",
+}  # their job is to measure other implementations beside ours
 
 
 def module_name(path: Path) -> str:
