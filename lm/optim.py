@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -240,10 +241,22 @@ def compiled_adamw_update(rows: list[Row], betas: tuple[float, float], eps: floa
 def compiled_update_elements() -> Callable[..., None]:
     """`update_elements` for one-dimensional float32 arrays, compiled once per machine, to run without the GIL."""
     import numba
+    from numba.core import event
+
+    class Announcement(event.Listener):
+        """Says, as the tokenizer does of its kernels, what takes so long."""
+
+        def on_start(self, event: Any) -> None:
+            if event.data["dispatcher"].py_func.__name__ == update_elements.__name__:
+                print("lm: compiling AdamW (first use on this machine; cached from now on)", file=sys.stderr)
+
+        def on_end(self, event: Any) -> None:
+            pass
 
     array, number = numba.float32[::1], numba.float32
     compile_for = numba.njit(numba.void(*[array] * 4, *[number] * 6), nogil=True, cache=True, error_model="numpy")
-    return compile_for(update_elements)
+    with event.install_listener("numba:compile", Announcement()):
+        return compile_for(update_elements)
 
 
 @no_type_check  # the tests' checks would wrap it in what Numba cannot compile
