@@ -29,7 +29,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lm.bundle import write_bundle
 from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, device_name, duration, figures
-from lm.checkpoint import AtomicCheckpointIO, best_checkpoint, check_folder, find_run, lock_run, newest_checkpoint
+from lm.checkpoint import (
+    AtomicCheckpointIO,
+    best_checkpoint,
+    check_checkpoint,
+    check_folder,
+    find_run,
+    lock_run,
+    newest_checkpoint,
+)
 from lm.control import RunConfig, RunControl, Signals, Stopped
 from lm.data import TokenDataModule
 from lm.model import TransformerConfig
@@ -366,11 +374,23 @@ def num_devices(devices: Any) -> int:
     return number if number >= 0 else max(1, torch.cuda.device_count())
 
 
+class FullySharded(ModelParallelStrategy):
+    """FSDP2 that checks a checkpoint as the others do: Lightning's restores it past our CheckpointIO."""
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Restore the model and the optimizer from a file that is whole; the rest of it.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        return super().load_checkpoint(check_checkpoint(checkpoint_path), weights_only=True)
+
+
 def make_strategy(trainer: Namespace, timeout: timedelta) -> Any:
     """`ddp` and `fsdp2` with our timeout; several devices are ddp unless said otherwise."""
     world_size = num_devices(trainer.devices) * trainer.num_nodes
     if trainer.strategy == "fsdp2":
-        return ModelParallelStrategy(
+        return FullySharded(
             data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout
         )
     if trainer.strategy == "ddp" or (trainer.strategy == "auto" and world_size > 1):

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from jsonargparse import Namespace
 from test_resume import differences
 from toy import SETTINGS, make_dataset, rows
 
@@ -407,6 +409,19 @@ def test_a_damaged_newest_checkpoint_costs_only_itself(
 
 
 # ---------------------------------------------------------------------------------------------------------- signals
+
+
+def test_fsdp_restores_no_damaged_checkpoint(tmp_path: Path) -> None:
+    """Lightning's strategy does not ask the run's CheckpointIO."""
+    path = tmp_path / "step-000001.ckpt"
+    checkpoint.AtomicCheckpointIO().save_checkpoint({"global_step": 1, "state_dict": {"w": torch.ones(100)}}, path)
+    contents = bytearray(path.read_bytes())
+    contents[contents.index(b"\0\0\x80\x3f") + 5] ^= 1  # in one of the ones
+    path.write_bytes(contents)
+    trainer = Namespace(devices=1, num_nodes=1, strategy="fsdp2")
+    strategy = cli.make_strategy(trainer, timedelta(minutes=1))
+    with pytest.raises(checkpoint.CheckpointError, match="differs from the sha256 in its record"):
+        strategy.load_checkpoint(path)
 
 
 @pytest.mark.slow
