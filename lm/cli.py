@@ -199,7 +199,7 @@ class CLI(LightningCLI):
         self.control = RunControl(run, self.started, self.signals)
         self.control.lock = self.lock
         self.metrics = MetricsLog(self.control)
-        self.samples, self.record = Samples(run), RunRecord(self.control, self.metrics)
+        self.samples, self.record = Samples(self.control), RunRecord(self.control, self.metrics)
         if fitting and not trainer.fast_dev_run:  # which tries a few batches and writes nothing
             progress = Progress(self.control, self.metrics)
             extra = [self.metrics, self.samples, progress, self.record, self.control]
