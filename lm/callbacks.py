@@ -1,7 +1,9 @@
 """What looks on while a run trains: its figures, sample texts, the progress line, the header and the summary."""
 
+import errno
 import json
 import math
+import os
 import platform
 import shutil
 import sys
@@ -120,7 +122,9 @@ class MetricsLog(Callback):
         row = {"step": trainer.global_step, **figures, "wall_seconds": seconds, "tokens_seen": self.tokens_seen}
         line = json_line(row)
         with open(self.path, "ab", buffering=0) as file:
-            file.write(line)
+            if file.write(line) < len(line):  # the last bytes of a full disk: no half row, and no next one behind it
+                file.truncate(self._num_bytes)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._num_bytes += len(line)
         for logger in trainer.loggers:
             logger.log_metrics(

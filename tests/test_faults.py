@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from jsonargparse import Namespace
 from test_resume import differences
 from toy import SETTINGS, make_dataset, rows
 
-from lm import checkpoint, cli
+from lm import callbacks, checkpoint, cli
 from lm.checkpoint import find_run, load_model, newest_checkpoint, read_checkpoint
 from lm.module import LanguageModel
 
@@ -252,6 +253,30 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_checkpoint_before(
     assert check_whole(run)["global_step"] == 4
     assert fit("--resume=must") == 0  # with room again, the run goes on
     assert check_whole(run)["global_step"] == 8
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_the_middle_of_a_row_leaves_whole_rows(
+    fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:10] if b'"step": 7' in data else data)
+
+    def faulty_open(path: Any, *args: Any, **kwargs: Any) -> Any:
+        return Full(path, "ab") if Path(path).name == "metrics.jsonl" else open(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "open", faulty_open, raising=False)
+        assert fit() == 1
+    [line] = errors(capsys.readouterr().err)
+    assert "No space left on device" in line
+    assert "metrics.jsonl" in line
+    run = tmp_path / "logs/toy/version_0"
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 4, 5, 6]
+    assert check_whole(run)["global_step"] == 4
+    assert fit("--resume=must") == 0  # with room again, the run goes on
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_said_before_training(

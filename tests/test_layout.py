@@ -1,10 +1,13 @@
 """The house rules that a machine can hold: who imports whom, what is from scratch, what never runs foreign code."""
 
 import ast
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("lm/*.py"), *ROOT.glob("tokenizer/**/*.py")])
@@ -134,6 +137,19 @@ def test_no_foreign_code_is_run(path: Path) -> None:
         assert called not in {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "os.system"}, where
         assert keywords.get("shell") != "True" and keywords.get("allow_pickle") != "True", where
         assert called != "torch.load" or keywords.get("weights_only") == "True", where
+
+
+def test_time_is_measured_by_the_clock_that_never_jumps() -> None:
+    assert not [path for path in SOURCES if re.search(r"\btime\.time(_ns)?\(", path.read_text())]
+
+
+def test_versions_with_known_holes_are_excluded() -> None:
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    allowed = {requirement.name: requirement.specifier for requirement in map(Requirement, needed)}
+    assert not any(
+        version in allowed["lightning"] for version in ("2.6.2", "2.6.3", "2.6.5")
+    )  # malware; a loader's hole
+    assert not any(version in allowed["torch"] for version in ("2.5.1", "2.9.1"))  # holes in the weights_only loader
 
 
 def test_no_drawer_for_everything() -> None:
