@@ -152,5 +152,23 @@ def test_versions_with_known_holes_are_excluded() -> None:
     assert not any(version in allowed["torch"] for version in ("2.5.1", "2.9.1"))  # holes in the weights_only loader
 
 
+def test_the_page_of_faults_names_tests_that_exist() -> None:
+    there = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                slow = "pytest.mark.slow" in map(ast.unparse, node.decorator_list)
+                there.add((path.stem, node.name + "*" * slow))
+    named = {
+        (file, test)
+        for file, tests in re.findall(
+            r"(test_\w+): ((?:test_\w+\*?(?:, )?)+)", (ROOT / "tests" / "FAULTS.md").read_text()
+        )
+        for test in tests.split(", ")
+    }
+    assert len(named) > 70
+    assert not named - there, "renamed, gone, or marked slow (with *) on one side only"
+
+
 def test_no_drawer_for_everything() -> None:
     assert not [path for path in SOURCES if path.stem in ("utils", "common", "helpers", "config", "misc")]
