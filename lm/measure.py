@@ -321,7 +321,8 @@ def compare_training(setting: Setting, device: torch.device, rivals: list[Entran
             "speed_relative_to_builtin": summary([b / s for b, s in zip(seconds["builtin"], values, strict=True)]),
         }
     for name, entrant in entrants.items():
-        results[name]["peak_memory_bytes"] = entrant.peak_memory()
+        if setting.compile != "reduce-overhead":  # CUDA graphs hold their memory from one step to the next
+            results[name]["peak_memory_bytes"] = entrant.peak_memory()
     turns = [{name: entrant.parts() for name, entrant in entrants.items()} for _ in range(setting.rounds)]
     for name in entrants:
         results[name]["parts_seconds"] = {
