@@ -1,7 +1,9 @@
 """What looks on while a run trains: its figures, sample texts, the progress line, the header and the summary."""
 
+import errno
 import json
 import math
+import os
 import platform
 import shutil
 import sys
@@ -16,7 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lm.accounting import flops_per_token, num_parameters, peak_flops, training_memory_bytes
-from lm.control import RunConfig, RunControl, Stopped
+from lm.control import RunControl, Stopped
 from lm.generate import Sampling, generate
 from lm.module import LanguageModel
 from tokenizer import Tokenizer
@@ -120,7 +122,9 @@ class MetricsLog(Callback):
         row = {"step": trainer.global_step, **figures, "wall_seconds": seconds, "tokens_seen": self.tokens_seen}
         line = json_line(row)
         with open(self.path, "ab", buffering=0) as file:
-            file.write(line)
+            if file.write(line) < len(line):  # the last bytes of a full disk: no half row, and no next one behind it
+                file.truncate(self._num_bytes)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._num_bytes += len(line)
         for logger in trainer.loggers:
             logger.log_metrics(
@@ -156,20 +160,30 @@ def matmul_dtype(trainer: Trainer) -> Any:
 class Samples(Callback):
     """A text after each validation, the same prompt and seed each time, for TensorBoard and the end of the run."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __init__(self, control: RunControl) -> None:
+        self.control, self.config = control, control.config
         self.text = ""
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Where time is limited, find out what a text takes: the one at the end must fit in."""
+        if self.config.max_minutes is not None:
+            began = self.control.clock.now()
+            self.write(trainer, pl_module)
+            self.control.sample_seconds = self.control.clock.now() - began
+
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write one where the whole model is at hand."""
+        """Write one."""
+        if not trainer.sanity_checking and self.write(trainer, pl_module):
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_text("sample", self.text, trainer.global_step)
+
+    def write(self, trainer: Trainer, pl_module: Any) -> bool:
+        """Make the text, where the whole model is at hand."""
         sharded = pl_module.device_mesh is not None
         directory = dataset(trainer).directory
-        if (
-            not (self.config.sample_tokens and trainer.is_global_zero and directory)
-            or sharded
-            or trainer.sanity_checking
-        ):
-            return
+        if not (self.config.sample_tokens and trainer.is_global_zero and directory) or sharded:
+            return False
         tokenizer = Tokenizer.from_directory(directory / "tokenizer")
         [text] = generate(
             pl_module.model,
@@ -178,9 +192,7 @@ class Samples(Callback):
             Sampling(temperature=0.8, top_p=0.95, max_new_tokens=self.config.sample_tokens),
         )
         self.text = self.config.sample_prompt + text
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("sample", self.text, trainer.global_step)
+        return True
 
 
 class Progress(ProgressBar):

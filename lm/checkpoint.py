@@ -177,18 +177,33 @@ def read_checkpoint(path: PathLike, map_location: str | torch.device = "cpu") ->
         FileNotFoundError: no file.
         CheckpointError: cut off, damaged, foreign or from a newer version; names a good one beside it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+    path = check_checkpoint(path)
     try:
-        problem = find_damage(path)
-        if problem:
-            raise CheckpointError(f"{path} {problem}")
         with open(path, "rb") as file:
             return _load(file, map_location, str(path))
     except CheckpointError as error:
-        good = next((other for other in _recorded(path.parent) if other != path and not find_damage(other)), None)
-        raise CheckpointError(f"{error}" + (f"; {good} is good" if good else "")) from None
+        raise CheckpointError(f"{error}{_good_one_beside(path)}") from None
+
+
+def check_checkpoint(path: PathLike) -> Path:
+    """The path, if nothing is wrong with the file there.
+
+    Raises:
+        FileNotFoundError: no file.
+        CheckpointError: cut off or damaged; names a good one beside it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    problem = find_damage(path)
+    if problem:
+        raise CheckpointError(f"{path} {problem}{_good_one_beside(path)}")
+    return path
+
+
+def _good_one_beside(path: Path) -> str:
+    good = next((other for other in _recorded(path.parent) if other != path and not find_damage(other)), None)
+    return f"; {good} is good" if good else ""
 
 
 def _load(file: BinaryFile, map_location: str | torch.device, name: str) -> dict[str, Any]:

@@ -29,11 +29,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lm.bundle import write_bundle
 from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, device_name, duration, figures
-from lm.checkpoint import AtomicCheckpointIO, best_checkpoint, check_folder, find_run, lock_run, newest_checkpoint
+from lm.checkpoint import (
+    AtomicCheckpointIO,
+    best_checkpoint,
+    check_checkpoint,
+    check_folder,
+    find_run,
+    lock_run,
+    newest_checkpoint,
+)
 from lm.control import RunConfig, RunControl, Signals, Stopped
 from lm.data import TokenDataModule
 from lm.model import TransformerConfig
-from lm.module import LanguageModel, OptimizerConfig, ScheduleConfig
+from lm.module import LanguageModel, OptimizerConfig, ScheduleConfig, uses_cuda_graphs
 from lm.options import explain, fail, is_first_rank, known_keys
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "builtin.yaml"
@@ -191,7 +199,7 @@ class CLI(LightningCLI):
         self.control = RunControl(run, self.started, self.signals)
         self.control.lock = self.lock
         self.metrics = MetricsLog(self.control)
-        self.samples, self.record = Samples(run), RunRecord(self.control, self.metrics)
+        self.samples, self.record = Samples(self.control), RunRecord(self.control, self.metrics)
         if fitting and not trainer.fast_dev_run:  # which tries a few batches and writes nothing
             progress = Progress(self.control, self.metrics)
             extra = [self.metrics, self.samples, progress, self.record, self.control]
@@ -298,6 +306,12 @@ def find_problems(config: Namespace, subcommand: str) -> list[str]:
     for name in ("train_text", "valid_text"):
         if getattr(data, name) is not None and not Path(getattr(data, name)).is_file():
             problems.append(f"data.{name}: there is no file {getattr(data, name)}")
+    if uses_cuda_graphs(config.model.compile) and trainer.accumulate_grad_batches > 1:
+        problems.append(
+            f"model.compile={config.model.compile} with trainer.accumulate_grad_batches="
+            f"{trainer.accumulate_grad_batches}: each batch would overwrite the gradients of the one before; "
+            "use --model.compile true"
+        )
     if (data.val_context_length or 0) > data.context_length and config.model.transformer.position == "rope":
         problems.append(
             f"data.val_context_length={data.val_context_length} is longer than data.context_length="
@@ -360,11 +374,23 @@ def num_devices(devices: Any) -> int:
     return number if number >= 0 else max(1, torch.cuda.device_count())
 
 
+class FullySharded(ModelParallelStrategy):
+    """FSDP2 that checks a checkpoint as the others do: Lightning's restores it past our CheckpointIO."""
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Restore the model and the optimizer from a file that is whole; the rest of it.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        return super().load_checkpoint(check_checkpoint(checkpoint_path), weights_only=True)
+
+
 def make_strategy(trainer: Namespace, timeout: timedelta) -> Any:
     """`ddp` and `fsdp2` with our timeout; several devices are ddp unless said otherwise."""
     world_size = num_devices(trainer.devices) * trainer.num_nodes
     if trainer.strategy == "fsdp2":
-        return ModelParallelStrategy(
+        return FullySharded(
             data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout
         )
     if trainer.strategy == "ddp" or (trainer.strategy == "auto" and world_size > 1):

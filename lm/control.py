@@ -185,6 +185,7 @@ class RunControl(Checkpoint):
         self.signals = signals or Signals()
         self.validation_pending = False
         self.validation_seconds = 0.0
+        self.sample_seconds = 0.0  # of a text, tried out at the start: each validation ends with one
         self.save_seconds = 0.0
         self.best_loss: float | None = None
         self.last_loss: float | None = None
@@ -214,9 +215,10 @@ class RunControl(Checkpoint):
         self._take_signals()
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reckon from the few batches tried how long a whole validation takes."""
+        """Reckon from the few batches tried how long a whole validation takes, with the text at its end."""
         tried = sum(min(trainer.num_sanity_val_steps, n) for n in trainer.num_val_batches)
         self.validation_seconds *= sum(trainer.num_val_batches) / max(1, tried)
+        self.validation_seconds += self.sample_seconds
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the signals, go on with the random numbers; with a time limit, measure what saving takes."""

@@ -13,6 +13,8 @@ from torch import Tensor
 from lm import gradients
 from lm.gradients import at_least_float32
 
+COMPILED_QUERIES = 256  # of one block of attention scores in compiled code: at 1024 positions 3 of 8 scores are spared
+
 
 def softmax(x: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape"]:
     """exp(x) / sum(exp(x)) along `dim`, after subtracting the maximum so that exp cannot overflow.
@@ -98,8 +100,14 @@ def causal_attention(
     if q.is_cpu and q.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
         blocks = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
         return gradients.CausalAttention.apply(*blocks).view(*q.shape[:-1], v.shape[-1])
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return scaled_dot_product_attention(q, k, v, mask)
+    block = COMPILED_QUERIES if torch.compiler.is_compiling() else queries
+    outputs = []
+    for start in range(0, queries, block):
+        end = min(start + block, queries)
+        seen = keys - queries + end  # by the last query of the block: the keys after it need no scores
+        mask = torch.ones(end - start, seen, dtype=torch.bool, device=q.device).tril(seen - (end - start))
+        outputs.append(scaled_dot_product_attention(q[..., start:end, :], k[..., :seen, :], v[..., :seen, :], mask))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
 
 
 def cross_entropy(logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, ""]:
@@ -115,9 +123,12 @@ def cross_entropy(logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*
     if not torch.compiler.is_compiling():
         return gradients.CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
     wide = at_least_float32(logits)
-    shifted = wide - wide.amax(-1, keepdim=True)
+    shifted = wide - wide.amax(-1, keepdim=True).detach()  # the maximum cancels out, so no gradient goes through it
     log_normaliser = shifted.exp().sum(-1).log()
-    return (log_normaliser - shifted.gather(-1, targets[..., None]).squeeze(-1)).mean()
+    # A comparison fuses with the sums, forward and backward; the gradient of `gather` would be a tensor of zeros in
+    # float32, as large as all logits, to scatter into.
+    is_target = torch.arange(logits.shape[-1], device=logits.device) == targets[..., None]
+    return (log_normaliser - torch.where(is_target, shifted, 0).sum(-1)).mean()
 
 
 def linear_cross_entropy(

@@ -21,6 +21,7 @@ from lm.model import TransformerConfig, TransformerLM
 from lm.optim import AdamW, Muon, clip_gradients, cosine_schedule, trapezoid_schedule
 
 Batch = Sequence[Any]  # inputs, targets, and in validation how many of the targets count
+CompileMode = Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ class LanguageModel(LightningModule):
         transformer: TransformerConfig,
         optimizer: OptimizerConfig = OptimizerConfig(),
         schedule: ScheduleConfig = ScheduleConfig(),
-        compile: bool | None = None,
+        compile: bool | CompileMode | None = None,
         z_loss: float = 0.0,
     ) -> None:
         """Set the recipe; the weights come with `configure_model`.
@@ -244,8 +245,9 @@ class LanguageModel(LightningModule):
             transformer: sizes and variants of the network.
             optimizer: its settings.
             schedule: the learning rate over the run.
-            compile: torch.compile the forward pass and the loss; default, on CUDA alone. Checkpoints are the same
-                either way.
+            compile: torch.compile the forward pass and the loss, and on CUDA the update; default, on CUDA alone.
+                Checkpoints are the same either way. A mode of torch.compile's may be named: reduce-overhead replays
+                CUDA graphs, max-autotune tries out many kernels for minutes.
             z_loss: weight of the mean of (log sum exp of the logits)^2 in what is minimised, and so in train/loss;
                 val/loss is without it.
         """
@@ -297,7 +299,8 @@ class LanguageModel(LightningModule):
         if compile_loss is None:
             compile_loss = self.device.type == "cuda" and self.device_mesh is None
         if compile_loss:
-            self.loss = torch.compile(self.compute_loss)
+            self.loss = compiled(self.compute_loss, compile_loss)
+        self.compile_update = bool(compile_loss)
         self._reset_step()
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -352,6 +355,7 @@ class LanguageModel(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over all parameters in one group, and the learning rate, stepped once per update."""
         optimizer = self.optimizer_config.make(self.model)
+        optimizer.compiled = self.compile_update
         scheduler = LearningRate(optimizer, self.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -460,6 +464,28 @@ class LanguageModel(LightningModule):
 
 # What may change between a checkpoint and its use: the weights mean the same.
 SAME_WEIGHTS = ("attention", "activation_checkpointing")
+
+
+def compiled(function: Callable[..., Tensor], mode: bool | CompileMode) -> Callable[..., Tensor]:
+    """`function` by torch.compile, in its default mode or the named one.
+
+    With CUDA graphs each call begins a new replay, in the memory of the one before: the result is copied out, and
+    gradients must be used up by then. So an update has one batch (`accumulate_grad_batches` 1).
+    """
+    replayed = torch.compile(function, mode=mode if isinstance(mode, str) else None)
+    if not uses_cuda_graphs(mode):
+        return replayed
+
+    def replay(*args: Any) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return replayed(*args).clone()
+
+    return replay
+
+
+def uses_cuda_graphs(mode: Any) -> bool:
+    """Whether this mode of torch.compile's records CUDA graphs."""
+    return mode in ("reduce-overhead", "max-autotune")
 
 
 def shard(model: TransformerLM, mesh: Any) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -66,6 +67,9 @@ class AdamW(Optimizer):
         rates: for some of the parameters, what their learning rate is as a multiple of `lr`. They stay in one group:
             a checkpoint knows parameters by their place, and groups would change it between DDP and FSDP.
 
+    Attributes:
+        compiled: on a GPU, let torch.compile make the update one walk over memory; False at first.
+
     Raises:
         ValueError: a negative `lr`, `eps` or `weight_decay`, or a beta outside [0, 1).
     """
@@ -87,6 +91,7 @@ class AdamW(Optimizer):
             raise ValueError(f"betas={betas} must be in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.rates = dict(rates or {})
+        self.compiled = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -115,7 +120,8 @@ class AdamW(Optimizer):
             compiled_adamw_update(suited, *options)
             rows = [row for row in rows if not suits_the_compiled_loop(row)]
         if rows:
-            adamw_update(rows, *options)
+            on_gpu = self.compiled and rows[0].theta.is_cuda
+            (fused_adamw_update if on_gpu else adamw_update)(rows, *options)
 
 
 class Row(NamedTuple):
@@ -141,6 +147,53 @@ def adamw_update(rows: list[Row], betas: tuple[float, float], eps: float, weight
     denominators = torch._foreach_sqrt(vs)
     torch._foreach_add_(denominators, eps)
     torch._foreach_addcdiv_(thetas, ms, denominators, [-rate for rate in rates])
+
+
+def fused_adamw_update(rows: list[Row], betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """`adamw_update` by kernels that torch.compile makes of it: each reads and writes its part of memory once.
+
+    What changes from update to update goes in as tensors, so that nothing is compiled again; they are filled on the
+    device, which takes no wait.
+    """
+    beta1, beta2 = betas
+    _, _, thetas, gradients, ms, vs = (list(column) for column in zip(*rows, strict=True))
+    numbers: dict[float, Tensor] = {}  # most rows share theirs
+
+    def on_device(value: float) -> Tensor:
+        if value not in numbers:
+            numbers[value] = torch.full((), value, dtype=torch.float32, device=thetas[0].device)
+        return numbers[value]
+
+    decays = [on_device(1 - row.lr * weight_decay) for row in rows]
+    rates = [on_device(row.lr * math.sqrt(1 - beta2**row.step) / (1 - beta1**row.step)) for row in rows]
+    compiled_adamw_formula()(thetas, gradients, ms, vs, decays, rates, beta1, beta2, eps)
+
+
+@functools.cache
+def compiled_adamw_formula() -> Callable[..., None]:
+    """`adamw_formula`, compiled once per list of shapes."""
+    return torch.compile(adamw_formula, dynamic=False)
+
+
+@no_type_check  # the tests' checks would wrap it in what the compiler cannot look through
+def adamw_formula(
+    thetas: Any,
+    gradients: Any,
+    ms: Any,
+    vs: Any,
+    decays: Any,
+    rates: Any,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """The formulas of `AdamW` for lists of tensors; decays and rates are tensors of one number each."""
+    torch._foreach_lerp_(ms, gradients, 1 - beta1)
+    torch._foreach_mul_(vs, beta2)
+    torch._foreach_addcmul_(vs, gradients, gradients, 1 - beta2)
+    denominators = torch._foreach_add(torch._foreach_sqrt(vs), eps)
+    torch._foreach_mul_(thetas, decays)
+    torch._foreach_sub_(thetas, torch._foreach_mul(torch._foreach_div(ms, denominators), rates))
 
 
 def suits_the_compiled_loop(row: Row) -> bool:
@@ -188,10 +241,22 @@ def compiled_adamw_update(rows: list[Row], betas: tuple[float, float], eps: floa
 def compiled_update_elements() -> Callable[..., None]:
     """`update_elements` for one-dimensional float32 arrays, compiled once per machine, to run without the GIL."""
     import numba
+    from numba.core import event
+
+    class Announcement(event.Listener):
+        """Says, as the tokenizer does of its kernels, what takes so long."""
+
+        def on_start(self, event: Any) -> None:
+            if event.data["dispatcher"].py_func.__name__ == update_elements.__name__:
+                print("lm: compiling AdamW (first use on this machine; cached from now on)", file=sys.stderr)
+
+        def on_end(self, event: Any) -> None:
+            pass
 
     array, number = numba.float32[::1], numba.float32
     compile_for = numba.njit(numba.void(*[array] * 4, *[number] * 6), nogil=True, cache=True, error_model="numpy")
-    return compile_for(update_elements)
+    with event.install_listener("numba:compile", Announcement()):
+        return compile_for(update_elements)
 
 
 @no_type_check  # the tests' checks would wrap it in what Numba cannot compile

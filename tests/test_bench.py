@@ -1,20 +1,26 @@
-"""lm.bench: the rivals compute what we compute, and a small benchmark runs to its page."""
+"""lm.bench: the rivals compute what we compute, a part that fails costs no other, and every suite gets to its page."""
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lm import bench
+from lm import bench, measure
 from lm.accounting import config_from_yaml
-from lm.bench import BuiltinLM, Setting
+from lm.apart import LostError
+from lm.bench import TINY, Part
 from lm.functional import cross_entropy
-from lm.model import TransformerConfig, TransformerLM
-
-TINY = TransformerConfig(vocab_size=60, context_length=16, num_layers=2, num_heads=2, d_model=16, d_ff=32)
+from lm.measure import Setting
+from lm.model import TransformerLM
+from lm.rivals import BuiltinLM
 
 
 @pytest.mark.parametrize("head", ["untied", "tied"])
@@ -40,38 +46,130 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
         del a, b
         torch.zeros(500_000)
 
-    assert bench.peak_memory(step, torch.device("cpu")) == pytest.approx(8_000_000, rel=0.01)
+    assert measure.peak_memory(step, torch.device("cpu")) == pytest.approx(8_000_000, rel=0.01)
+
+
+def test_the_chain_can_be_learnt_to_the_loss_it_says() -> None:
+    tokens = measure.chain(300_000, 20)
+    assert len(tokens) == 300_000
+    table = np.zeros((20, 20))
+    np.add.at(table, (tokens[:-1], tokens[1:]), 1)
+    p = table / table.sum(1, keepdims=True)
+    loss = -(table * np.log(np.where(p > 0, p, 1))).sum() / table.sum()
+    assert loss < 2 * (1 - 2**-7) * math.log(2) + 0.05  # two followers may be the same, which makes it less
+    assert loss > 0.9
 
 
 def test_requests_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="demo, base"):
+    with pytest.raises(ValueError, match="training: demo, training: base"):
         bench.run(suite="cpu", only="nonsense", device="cpu")
     with pytest.raises(ValueError, match="suite=gpu needs a CUDA device"):
         bench.run(suite="gpu", device="cpu")
 
 
+@pytest.fixture
+def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [Part("generation", Setting("a", TINY, 4)), Part("memory", Setting("b", TINY, 4))]
+    monkeypatch.setitem(bench.SUITES, "cpu", parts)
+
+
+@pytest.mark.usefixtures("two_parts")
+def test_a_part_that_fails_is_named_and_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+
+    def call(function: Callable[..., Any], setting: Setting, *args: Any, seconds: float) -> dict[str, Any]:
+        if setting.name == "a":
+            raise LostError("its process was ended by SIGKILL")
+        assert len(json.loads(path.read_text())["failures"]) == 1, "on disk before the next part begins"
+        return {"name": setting.name, "setting": dataclasses.asdict(setting), "results": {}}
+
+    monkeypatch.setattr(bench, "call_apart", call)
+    bench.run(suite="cpu", device="cpu", json_path=path)
+    result = json.loads(path.read_text())
+    assert [part["name"] for part in result["memory"]] == ["b"]
+    assert result["failures"] == [{"name": "generation: a", "error": "its process was ended by SIGKILL"}]
+    assert "Not measured: generation: a: its process was ended by SIGKILL" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="nothing could be measured"):
+        bench.run(suite="cpu", device="cpu", only="generation")
+
+
+def test_parts_for_which_no_time_is_left_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = SimpleNamespace(now=50.0)
+    given = []
+
+    def call(function: Callable[..., Any], setting: Setting, *args: Any, seconds: float) -> dict[str, Any]:
+        given.append(seconds)
+        clock.now += 61 if setting.name == "c" else 30
+        return {"name": setting.name, "setting": dataclasses.asdict(setting), "results": {}}
+
+    monkeypatch.setitem(bench.SUITES, "cpu", [Part("memory", Setting(name, TINY, 4)) for name in "abcd"])
+    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(bench, "call_apart", call)
+    bench.run(suite="cpu", device="cpu", max_minutes=2)
+    assert given == [60, 45, 30]
+    assert "Not measured: memory: d: no time left of max_minutes=2" in capsys.readouterr().out
+
+
+def test_a_rival_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Trainer(measure.Trainer):
+        def __init__(self, entrant: str, *_: Any) -> None:
+            self.entrant = entrant
+
+        def run(self, steps: int) -> float:
+            if self.entrant in ("transformers", fails):
+                raise torch.OutOfMemoryError("CUDA out of\nmemory")
+            return 1.0
+
+    monkeypatch.setattr(measure, "Trainer", Trainer)
+    names: list[measure.Entrant] = ["ours", "builtin", "transformers"]
+    fails = ""
+    arguments = Setting("a", TINY, 4), tmp_path, torch.device("cpu")
+    entrants, lost = measure.warmed_up(names, *arguments)
+    assert entrants.keys() == {"ours", "builtin"}
+    assert lost == {"transformers": "OutOfMemoryError: CUDA out of memory"}
+    fails = "builtin"
+    with pytest.raises(torch.OutOfMemoryError):
+        measure.warmed_up(names, *arguments)
+
+
 @pytest.mark.slow
-def test_whole_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(bench.SUITES, "cpu", [Setting("tiny", TINY, 4, steps=2, rounds=3)])
-    monkeypatch.setattr(bench, "matmul_flops", lambda device, precision: 1e11)
-    bench.run(suite="cpu", device="cpu", json_path=tmp_path / "result.json", markdown_path=tmp_path / "result.md")
+def test_the_whole_suite_for_a_gpu_in_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here in one process, for the time that starting each would take."""
+    monkeypatch.setattr(bench, "call_apart", lambda function, *args, seconds: function(*args))
+    paths = {"json_path": tmp_path / "result.json", "markdown_path": tmp_path / "result.md"}
+    bench.run(suite="gpu", smoke=True, rivals=False, device="cpu", **paths)
     result = json.loads((tmp_path / "result.json").read_text())
-    (training,) = result["training"]
-    assert {"ours", "lightning", "builtin"} <= training["entrants"].keys()
-    for entrant in training["entrants"].values():
-        speed = entrant["tokens_per_second"]
-        assert 0 < speed["low"] <= speed["median"] <= speed["high"]
-    assert training["entrants"]["builtin"]["speed_relative_to_builtin"] == {"median": 1, "low": 1, "high": 1}
-    assert training["entrants"]["ours"]["parts_seconds"].keys() == {"data", "forward", "backward", "clip and optimizer"}
+    assert result["failures"] == []
+    for kind in bench.MEASURE:
+        names = [part.setting.name for part in bench.SUITES["gpu"] if part.kind == kind]
+        assert [part["name"] for part in result[kind]] == names
+    for training in result["training"]:
+        assert training["entrants"].keys() == {"ours", "ours, library attention", "lightning", "builtin"}
+        for entrant in training["entrants"].values():
+            speed = entrant["tokens_per_second"]
+            assert 0 < speed["low"] <= speed["median"] <= speed["high"]
+        assert training["entrants"]["builtin"]["speed_relative_to_builtin"] == {"median": 1, "low": 1, "high": 1}
+        parts = training["entrants"]["ours"]["parts_seconds"]
+        assert parts.keys() == {"data", "forward", "backward", "clip and optimizer"}
+    (curves,) = result["curves"]
+    assert 0 < curves["largest_difference"] < 0.01 < min(curves["differences_of_seeds"])
+    for memory in result["memory"]:
+        for way in memory["results"].values():
+            assert way["measured_bytes"] == pytest.approx(way["predicted_bytes"], rel=0.15)
     page = (tmp_path / "result.md").read_text()
     assert page == capsys.readouterr().out.removesuffix("\n")
-    assert "### Training: tiny" in page
-    assert "Lightning's loop, logging included, costs" in page
+    assert page.count("### Training: ") == 4
+    assert "no figure here means anything" in page
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_gpu_suite_runs_compiled() -> None:
-    setting = Setting("tiny", TINY, 4, "bf16-mixed", compile=True, steps=2, rounds=2)
-    result = bench.compare_training(setting, torch.device("cuda"), ["builtin"], matmul=1e14)
-    assert result["entrants"]["ours"]["peak_memory_bytes"] > 0
+def test_the_suite_runs_compiled_on_a_gpu(tmp_path: Path) -> None:
+    bench.run(suite="gpu", smoke=True, json_path=tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["failures"] == []

@@ -132,9 +132,10 @@ def test_all_that_is_wrong_is_said_at_once_before_any_data_is_touched(
         "trainer.precision=16-mixed": "trainer.precision=16-mixed needs a GPU",
         "data.train_text=absent.txt": "data.train_text: there is no file absent.txt",
         "data.val_context_length=512": "data.val_context_length=512 is longer than data.context_length=256",
+        "model.compile=reduce-overhead": "model.compile=reduce-overhead with trainer.accumulate_grad_batches=2",
         "run.logs=file/logs": "file/logs",
     }
-    assert lm("fit", *(f"--{setting}" for setting in settings)) == 2
+    assert lm("fit", "--trainer.accumulate_grad_batches=2", *(f"--{setting}" for setting in settings)) == 2
     said = capfd.readouterr().err.strip().splitlines()
     assert len(said) == len(settings)
     for message in settings.values():

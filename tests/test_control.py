@@ -1,5 +1,6 @@
 """How runs end: on time, on signals, on numbers that are not finite; and what they leave behind."""
 
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 import torch
 from toy import SETTINGS, make_dataset, rows
 
-from lm import cli, control
+from lm import callbacks, cli, control
 from lm.control import Clock, RunConfig, RunControl, Signals, Stopped, requeue_job
 from lm.module import LanguageModel
 
@@ -46,8 +47,8 @@ def summary() -> dict[str, Any]:
     return json.loads((RUN / "summary.json").read_text())
 
 
-def before(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, action: Callable[[Any], None]) -> None:
-    """Let something happen whenever a method is called, before it."""
+def before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, action: Callable[[Any], None]) -> None:
+    """Let something happen whenever a method, or a module's function, is called, before it."""
     original = getattr(owner, name)
 
     def method(self: Any, *args: Any) -> Any:
@@ -70,38 +71,73 @@ def test_between_agreements_the_clock_goes_by_steps_alone() -> None:
     assert clock.now() > 1e9
 
 
+class SlowMachine:
+    """A clock that goes by what is done alone: a step, a batch of validation, ... take what they are told."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, step: float, validation: float, save: float, sample: float
+    ) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(control, "time", SimpleNamespace(monotonic=lambda: self.now))
+        for owner, name, seconds in (
+            (LanguageModel, "training_step", step),
+            (LanguageModel, "validation_step", validation),
+            (RunControl, "on_save_checkpoint", save),
+            (callbacks, "generate", sample),
+        ):
+            before(monkeypatch, owner, name, lambda _, seconds=seconds: self.wait(seconds))
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
 @pytest.mark.parametrize("follow", ["clock", "steps"])
 @pytest.mark.parametrize("step_seconds", [0.1, 0.5])
-def test_a_run_ends_in_time_with_slow_validation_and_slow_saving(
+def test_a_run_ends_in_time_with_slow_validation_text_and_saving(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, follow: str, step_seconds: float
 ) -> None:
-    """On a clock that goes by what is done alone, whatever the machine."""
-    clock = SimpleNamespace(now=100.0)
-
-    def takes(seconds: float) -> Callable[[Any], None]:
-        def pass_time(_: Any) -> None:
-            clock.now += seconds
-
-        return pass_time
-
-    monkeypatch.setattr(control, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    before(monkeypatch, LanguageModel, "validation_step", takes(0.1))  # 6 batches
-    before(monkeypatch, RunControl, "on_save_checkpoint", takes(0.3))
-    before(monkeypatch, LanguageModel, "training_step", takes(step_seconds))
+    machine = SlowMachine(monkeypatch, step_seconds, validation=0.1, save=0.3, sample=0.4)  # a validation has 6 batches
     arguments = [f"--model.schedule.follow={follow}", "--trainer.max_steps=100000", "--data.val_batch_size=4"]
     assert fit(*arguments, "--run.max_minutes=0.2", "--run.validate_every_n_steps=1000", started=95.0) == 0
-    used, last = clock.now - 95, summary()
+    used, last = machine.now - 95, summary()
     assert last["status"] == "finished"
     assert last["budget_seconds"] == 12.0
     assert last["used_seconds"] == pytest.approx(used)
-    assert last["reserve_seconds"] == pytest.approx(1 + 1.25 * (0.6 + 0.3))
-    assert 12 - last["reserve_seconds"] - step_seconds < used - 0.9 <= 12 - last["reserve_seconds"]
+    assert last["reserve_seconds"] == pytest.approx(1 + 1.25 * (0.6 + 0.3 + 0.4))
+    assert 12 - last["reserve_seconds"] - step_seconds < used - 1.3 <= 12 - last["reserve_seconds"]
     assert last["val_loss"] is not None
     assert rows(RUN)[-1]["step"] == last["steps"], "the last row is a validation of the last step"
     assert (RUN / f"checkpoints/step-{last['steps']:06d}.ckpt").is_file()
     lowest = 0.02 * 5e-3
     rate = [row["lr"] for row in rows(RUN) if "lr" in row][-1]
     assert rate == pytest.approx(lowest) if follow == "clock" else rate > 10 * lowest
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_in_time_at_the_lowest_rate(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = SlowMachine(monkeypatch, step=0.2, validation=0.1, save=0.3, sample=0.4)
+    arguments = ["--model.schedule.follow=clock", "--trainer.max_steps=100000", "--data.val_batch_size=4"]
+    arguments += ["--run.max_minutes=0.5", "--run.validate_every_n_steps=1000", "--resume=auto"]
+
+    def after_a_third(module: Any) -> None:
+        if module.trainer.global_step == 50:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        before(patch, LanguageModel, "training_step", after_a_third)
+        assert fit(*arguments, started=95.0) == 143
+    used = machine.now - 95
+    machine.wait(1000)  # what passes between two processes does not count
+    began = machine.now
+    machine.wait(5)
+    assert fit(*arguments, started=began) == 0
+    used += machine.now - began
+    last = summary()
+    assert 30 - last["reserve_seconds"] - 0.2 < used - 1.3 <= 30 - last["reserve_seconds"]
+    rates = [row["lr"] for row in rows(RUN) if "lr" in row]
+    assert len(rates) == last["steps"] > 60
+    assert rates[-1] == pytest.approx(0.02 * 5e-3)
+    assert all(a >= b for a, b in itertools.pairwise(rates[2:])), "no jump back where it was resumed"
 
 
 def test_time_used_before_a_resume_counts(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

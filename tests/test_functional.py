@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lm import functional
 from lm import gradients as gradients_by_hand
 from lm.functional import (
     causal_attention,
@@ -30,6 +31,7 @@ def path(request, monkeypatch):
     torch.manual_seed(0)
     if request.param == "formula":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        monkeypatch.setattr(functional, "COMPILED_QUERIES", 64)
 
 
 def gradients(output, *inputs):

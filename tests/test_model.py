@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lm import functional
 from lm.functional import cross_entropy
 from lm.model import TransformerConfig, TransformerLM
 from lm.optim import AdamW
@@ -294,6 +295,9 @@ def test_bfloat16_parameters_give_finite_logits_near_float32():
 
 def compare_compiled_with_eager(_, backend, variants):
     for variant in variants:
+        functional.COMPILED_QUERIES = (
+            5 if variant == variants[0] else 256
+        )  # attention in three blocks, the last smaller
         torch.compiler.reset()  # it gives up on a function that it has compiled for eight models
         model = small_model(**{"num_layers": 1} | variant)
         compiled = torch.compile(model, fullgraph=True, backend=backend)

@@ -145,6 +145,16 @@ def test_the_compiled_loop_is_the_formula(always_compiled, monkeypatch):
     torch.testing.assert_close(compiled, three_steps(some_parameters()), rtol=1e-6, atol=1e-7)
 
 
+def test_the_first_compilation_on_a_machine_is_announced(tmp_path, monkeypatch, capsys):
+    import numba
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    optim.compiled_update_elements.__wrapped__()
+    assert "compiling AdamW (first use on this machine" in capsys.readouterr().err
+    optim.compiled_update_elements.__wrapped__()
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("piece", [1, 999, 2**20])
 def test_the_compiled_loop_does_not_depend_on_pieces_and_threads(piece, always_compiled, monkeypatch):
     expected = three_steps(some_parameters())

@@ -189,6 +189,19 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(runs: Runs) -
 
 
 @pytest.mark.slow
+def test_the_number_of_threads_hardly_matters(runs: Runs) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert runs.fit(str(threads)) == 0
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(rows(runs.directory("1")), rows(runs.directory("2")), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_stopped_after_any_number_of_batches_equals_the_unbroken_one(runs: Runs, variant: str) -> None:

@@ -62,7 +62,7 @@ class _Announcement(event.Listener):
     said = False
 
     def on_start(self, event: Any) -> None:
-        if not self.said:
+        if not self.said and event.data["dispatcher"].py_func.__module__.startswith("tokenizer."):
             self.said = True
             print("tokenizer: compiling its kernels (first use on this machine; cached from now on)", file=sys.stderr)
 
