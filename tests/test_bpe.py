@@ -20,7 +20,7 @@ from timing import ALMOST_LINEAR, slope_of
 
 from tokenizer import Tokenizer, bpe, reference
 from tokenizer.bpe import BytesEncoder, merge_pretoken
-from tokenizer.kernels import lists
+from tokenizer.kernels import lists, strings
 from tokenizer.pretokenize import PATTERN
 
 END = "<|endoftext|>"
@@ -386,6 +386,47 @@ class TestLists:
                 compiled.decode([bad, *good])  # type: ignore[list-item]
 
 
+class TestStrings:
+    """Texts to UTF-8 from the memory of Python, and what is done instead where that is not known."""
+
+    def test_known_here(self) -> None:
+        assert strings.KNOWN == lists.KNOWN
+
+    @settings(max_examples=400, deadline=None)
+    @given(st.data(), st.sampled_from(["\x7f", "\xff", "\uffff", "\U0010ffff"]))
+    def test_any_width(self, data: st.DataObject, greatest: str) -> None:
+        others = st.characters(max_codepoint=ord(greatest), exclude_categories=["Cs"])
+        pieces = st.one_of(st.text(st.characters(max_codepoint=0x7F), max_size=40), others, others)
+        text = data.draw(st.lists(pieces, max_size=40).map("".join))
+        out = np.full(strings.max_bytes(text) + 17, 0xA5, np.uint8)
+        size = strings.to_utf8(text, out)
+        assert out[:size].tobytes() == text.encode()
+        assert out[-1] == 0xA5
+
+    def test_at_any_place(self) -> None:
+        for one, length in itertools.product("\x80\xff\u0100\u07ff\u0800\uffff\U00010000\U0010ffff", range(1, 36)):
+            for place in range(length):
+                text = "a" * place + one + "z" * (length - place - 1)
+                out = np.empty(strings.max_bytes(text) + 16, np.uint8)
+                size = strings.to_utf8(text, out)
+                assert out[:size].tobytes() == text.encode()
+
+    @pytest.mark.parametrize("last", ["", "\U0001f600"])
+    def test_surrogates_are_left_to_python(self, compiled: Tokenizer, last: str) -> None:
+        for surrogate in ("\ud800", "\udfff"):
+            text = f"low lower {surrogate} widest {last}"
+            assert strings.to_utf8(text, np.empty(1000, np.uint8)) == -1
+            assert compiled.encode(text) == compiled.encode(text.replace(surrogate, "\ufffd"))
+        for neighbour in ("\ud7ff", "\ue000"):
+            assert compiled.decode(compiled.encode(neighbour + last)) == neighbour + last
+
+    def test_without_knowing(self, compiled: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+        texts = [CORPUS, CORPUS[:40], "a" * 300, "\xff" * 300, "\ud800 low"]
+        expected = [compiled.encode(text) for text in texts]
+        monkeypatch.setattr(strings, "KNOWN", False)
+        assert [compiled.encode(text) for text in texts] == expected
+
+
 class TestLongPretokens:
     @pytest.mark.parametrize("length", [15, 16, 17, 64, 65, 256, 257, 1024, 1025, 5000])
     @pytest.mark.parametrize("alphabet", ["a", "ab", "lowerst", "中"])
@@ -447,15 +488,31 @@ class TestCache:
             assert len(encoder._cache.slots) <= 4 * max_slots
 
     def test_memory_error_empties_the_cache(self, small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of words; the tokens of the vocabulary stay, as they were in the fresh cache."""
         encoder = BytesEncoder(small)
-        encoder._cache.used[0] = 5
+        fresh = encoder._cache.used[0]
+        assert 256 < fresh <= len(small.vocab)
+        text = np.frombuffer(CORPUS.encode() + bytes(64), np.uint8)
+        starts, ids = np.empty(len(text), np.uint32), np.empty(len(text), np.uint16)
+        count = encoder.encode(text, len(text) - 64, starts, ids)
+        assert encoder._cache.used[0] > fresh
 
         def fail(words: int) -> None:
             raise MemoryError
 
         monkeypatch.setattr(encoder, "_empty_cache", fail)
         encoder._make_room()
-        assert encoder._cache.used[0] == 0
+        assert encoder._cache.used[0] == fresh
+        expected = ids[:count].copy()
+        assert encoder.encode(text, len(text) - 64, starts, ids) == count and (ids[:count] == expected).all()
+
+    def test_a_vocabulary_larger_than_the_cache(self, small: Tokenizer) -> None:
+        encoder = BytesEncoder(small, first_slots=1 << 8, max_slots=1 << 8)
+        assert 0 < encoder._cache.used[0] <= 64
+        text = np.frombuffer(CORPUS.encode() + bytes(64), np.uint8)
+        starts, ids = np.empty(len(text), np.uint32), np.empty(len(text), np.uint16)
+        count = encoder.encode(text, len(text) - 64, starts, ids)
+        assert ids[:count].tolist() == Tokenizer(small.vocab, small.merges).encode(CORPUS)
 
 
 class TestConstruction:
@@ -491,6 +548,20 @@ class TestConstruction:
         tokenizer.compile()
         assert tokenizer.encode(CORPUS) == expected
         assert tokenizer.decode(expected) == CORPUS
+
+    def test_ids_in_any_order(self, small: Tokenizer) -> None:
+        """The ids of the merges follow each other in most vocabularies, which saves the kernels a look-up."""
+        others = list(small.vocab)
+        random.Random(0).shuffle(others)
+        new_id = dict(zip(small.vocab, others, strict=True))
+        tokenizer = Tokenizer({new_id[i]: token for i, token in small.vocab.items()}, small.merges, SPECIALS)
+        texts = [CORPUS, "lowerlowest" * 20, *AWKWARD]
+        expected = [[new_id[i] for i in small.encode(text)] for text in texts]
+        assert [tokenizer.encode(text) for text in texts] == expected
+        tokenizer.compile()
+        assert tokenizer._compiled is not None
+        assert tokenizer._compiled.encoder._rules.first_product == -1
+        assert [tokenizer.encode(text) for text in texts] == expected
 
     def test_importing_and_small_work_load_neither_numba_nor_torch(self) -> None:
         code = (

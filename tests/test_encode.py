@@ -405,3 +405,39 @@ def test_killed_at_random_moments_ends_with_the_same_bytes(tokenizer: Tokenizer,
         assert (tmp_path / "d" / "x.npy").read_bytes() == (tmp_path / "whole" / "x.npy").read_bytes()
         assert not list((tmp_path / "d").glob(".x.npy.part"))
     assert resumed > 0
+
+
+PEAKS = """
+import re, sys
+from pathlib import Path
+from tokenizer import Tokenizer
+from tokenizer.encode import encode_files
+tokenizer, (small, large, output) = Tokenizer.from_directory(sys.argv[1]), sys.argv[2:]
+encode_files(tokenizer, small, output, num_threads=2)
+for path in (small, large):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    encode_files(tokenizer, path, output, num_threads=2)
+    print(re.search("VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from /proc")
+def test_four_times_the_text_takes_no_more_memory(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The same words in 8 and in 32 MB: the peaks differ by buffers that came to be used, not by the further text."""
+    tokenizer.save(tmp_path / "tok")
+    text = random_text(3, 50_000).encode()
+    for name, num_bytes in (("small", 8_000_000), ("large", 32_000_000)):
+        (tmp_path / name).write_bytes(text * (num_bytes // len(text)))
+    command = [
+        sys.executable,
+        "-c",
+        PEAKS,
+        tmp_path / "tok",
+        tmp_path / "small",
+        tmp_path / "large",
+        tmp_path / "x.npy",
+    ]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    small, large = map(int, child.stdout.split())
+    assert large - small < 9_000

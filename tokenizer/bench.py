@@ -39,8 +39,9 @@ ABOUT = {
     "profile": "Where the time of that training goes, stage by stage.",
     "encode": "Encode the whole file with the vocabulary `{tokenizer}` to uint16 on disk, flushed. "
     "`cold`: the first time in a process that has loaded vocabulary and kernels; `warm`: the second.",
-    "document": "Encode one document given as a `str`, on one thread; mean over documents from all over the file, of "
-    "each the best of seven, so caches of pre-tokens are warm.",
+    "document": "Encode one document given as a `str`, on one thread; mean processor time over documents from all over "
+    "the file, of each the best of seven passes in a row, so caches are warm. `first pass`: the first of the seven, in "
+    "which caches of pre-tokens know only what the documents before had.",
     "decode": "Decode the ids of one megabyte of text, given as a list, on one thread.",
     "long-run": "Encode n equal characters, on one thread. The slope is that of log time over log n from the second "
     "length to the last: 1 is linear.",

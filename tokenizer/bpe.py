@@ -376,14 +376,17 @@ class CompiledTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         # All of the cache at once, so that encoding takes no more memory later.
-        self.encoder = BytesEncoder(tokenizer, first_slots=1 << 17, max_slots=1 << 17)
-        from tokenizer.kernels import encode, lists
+        self.encoder = BytesEncoder(tokenizer, first_slots=1 << 18, max_slots=1 << 18)
+        from tokenizer.kernels import encode, lists, strings
 
-        self._kernels, self._lists = encode, lists
+        self._kernels, self._lists, self._strings = encode, lists, strings
         self._encode_known = encode.encode_known
         self._classes = pretokenize.unicode_classes()
         self._special_tokens = tokenizer.special_tokens
         self._lock = threading.Lock()
+        self._room = np.empty(self.SCRATCH + 64, np.uint8)
+        self._text = self._room.view()
+        self._text.flags.writeable = False  # one compiled kernel for all texts
         self._starts = np.empty(self.SCRATCH + 1, np.uint32)
         self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         self._ids = np.empty(self.SCRATCH + 3, self._dtype)
@@ -397,18 +400,15 @@ class CompiledTokenizer:
         nothing = np.frombuffer(PADDING_BYTES, np.uint8)
         self._encode_known(nothing, 0, self._classes, self.encoder.slots, self._starts, self._ids)
         self.encoder.encode(nothing, 0, self._starts, self._ids)
+        for text in ("a", "\u0100", "\U00010000"):
+            self._utf8(text * (self.SHORT + 1))
         self._as_list(self._ids[:0], 0)
         self.decode([])
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`."""
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:
-            data = _replace_lone_surrogates(text).encode()
-        size = len(data)
-        buffer = np.frombuffer(data + PADDING_BYTES, np.uint8)
         with self._lock:
+            buffer, size = self._utf8(text)
             starts, ids = self._starts, self._ids
             if size <= self.SHORT and not any(token in text for token in self._special_tokens):
                 count = self._encode_known(buffer, size, self._classes, self.encoder.slots, starts, ids)
@@ -418,6 +418,18 @@ class CompiledTokenizer:
                 starts, ids = np.empty(size + 1, np.uint32), np.empty(size + 3, self._dtype)
             count = self.encoder.encode(buffer, size, starts, ids)
             return self._as_list(ids, count)
+
+    def _utf8(self, text: str) -> tuple[NDArray[np.uint8], int]:
+        """`text` as UTF-8, and its size; 64 bytes after it are readable. Good until the next call."""
+        if len(text) > self.SHORT and self._strings.KNOWN and self._strings.max_bytes(text) <= self.SCRATCH:
+            size = self._strings.to_utf8(text, self._room)
+            if size >= 0:
+                return self._text, size
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:
+            data = _replace_lone_surrogates(text).encode()
+        return np.frombuffer(data + PADDING_BYTES, np.uint8), len(data)
 
     def _as_list(self, ids: NDArray[Any], count: int) -> list[int]:
         if not self._lists.KNOWN:
@@ -458,7 +470,7 @@ class BytesEncoder:
         max_slots: size at which a full cache is emptied instead of enlarged.
     """
 
-    def __init__(self, tokenizer: Tokenizer, first_slots: int = 1 << 16, max_slots: int = 1 << 21) -> None:
+    def __init__(self, tokenizer: Tokenizer, first_slots: int = 1 << 18, max_slots: int = 1 << 21) -> None:
         from tokenizer.kernels import encode as kernels
 
         self._kernels = kernels
@@ -467,9 +479,12 @@ class BytesEncoder:
             raise ValueError(f"vocab has id {tokenizer.vocab_size - 1}: the kernels take ids below {kernels.MAX_IDS}")
         ids = tokenizer._ids
         lefts, rights, products = np.array(tokenizer._merge_ids, np.uint32).reshape(-1, 3).T.copy()
+        first_product = int(products[0]) if len(products) else 0
+        in_order = np.array_equal(products, first_product + np.arange(len(products)))
         self._rules = kernels.Rules(
-            pairs=np.zeros(1 << max(10, (2 * len(products)).bit_length()), np.uint64),
+            pairs=_zeroed_words(1 << max(10, (2 * len(products)).bit_length())),
             products=products,
+            first_product=first_product if in_order else -1,
             byte_ids=np.array([ids[bytes([byte])] for byte in range(256)], np.uint32),
             byte_pairs=np.empty(1 << 16, np.uint32),
         )
@@ -479,6 +494,30 @@ class BytesEncoder:
         self._specials = pretokenize.special_token_arrays(tokenizer.special_tokens)
         self._special_ids = np.array([tokenizer.special_ids[token] for token in tokenizer.special_tokens], np.uint32)
         self._cache = self._empty_cache(self._first_words)
+        self._own_words = self._cache.slots[:0]
+        self._learn_vocabulary(tokenizer)
+
+    def _learn_vocabulary(self, tokenizer: Tokenizer) -> None:
+        """Fill a quarter of the cache with pre-tokens that are tokens: those with the lowest ids."""
+        room = len(self._cache.slots) // self._kernels.SLOT // 4
+        tokens = [token for token in tokenizer.vocab.values() if 0 < len(token) <= self._kernels.INLINE_BYTES][:room]
+        text = np.frombuffer(b"".join(tokens) + PADDING_BYTES, np.uint8)
+        starts = np.cumsum([0, *map(len, tokens)], dtype=np.uint32)
+        ids = np.empty(len(text) + 3, np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        self._kernels.encode_pretokens(
+            text, starts, len(tokens), self._rules, self._cache, self._work, ids, np.uint64(0)
+        )
+        slots = self._cache.slots.reshape(-1, self._kernels.SLOT)
+        own = slots[slots[:, -1] >> np.uint64(32) == 1]  # one id: the others are not what the merges make of them
+        self._own_words = own.reshape(-1)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Leave nothing in the cache but the tokens of the vocabulary."""
+        slots, _, used = self._cache
+        slots[:] = 0
+        self._kernels.rebuild(self._own_words, slots)
+        used[:] = len(self._own_words) // self._kernels.SLOT, 0
 
     @property
     def slots(self) -> NDArray[np.uint64]:
@@ -486,16 +525,13 @@ class BytesEncoder:
         return self._cache.slots
 
     def _empty_cache(self, words: int) -> Any:
-        room = np.empty(words + 8, np.uint64)
-        begin = -room.ctypes.data % 64 // 8  # no slot lies across two lines of the processor's cache
-        slots = room[begin : begin + words]
-        slots.fill(0)  # unlike np.zeros, takes the memory now
-        return self._kernels.Cache(slots, np.empty(words // 2, np.uint32), np.zeros(2, np.int64))
+        return self._kernels.Cache(_zeroed_words(words), np.empty(words // 2, np.uint32), np.zeros(2, np.int64))
 
     def copy(self) -> "BytesEncoder":
-        """One for another thread: the same tables, an empty cache of its own."""
+        """One for another thread: the same tables, a cache of its own that knows the vocabulary."""
         other = copy.copy(self)
         other._cache = self._empty_cache(self._first_words)
+        other._forget()
         other._work = self._empty_work(1024)
         return other
 
@@ -562,13 +598,21 @@ class BytesEncoder:
                 raise MemoryError
             larger = self._empty_cache(2 * len(slots))
         except MemoryError:
-            slots[:] = 0
-            used[:] = 0
+            self._forget()
             return
         self._kernels.rebuild(slots, larger.slots)
         larger.spill[: used[1]] = self._cache.spill[: used[1]]
         larger.used[:] = used
         self._cache = larger
+
+
+def _zeroed_words(count: int) -> NDArray[np.uint64]:
+    """So many words, of which none but the first of each eight begins a line of the processor's cache."""
+    room = np.empty(count + 8, np.uint64)
+    begin = -room.ctypes.data % 64 // 8
+    words = room[begin : begin + count]
+    words.fill(0)  # unlike np.zeros, takes the memory now
+    return words
 
 
 def _replace_lone_surrogates(text: str) -> str:

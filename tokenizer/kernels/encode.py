@@ -47,6 +47,7 @@ class Rules(NamedTuple):
 
     pairs: NDArray[np.uint64]  # hash table of a power of two words: left id, right id, rank + 1; 0 where free
     products: NDArray[np.uint32]  # id that the merge of each rank makes
+    first_product: int  # of rank 0, if that of each rank follows from it by counting; else -1
     byte_ids: NDArray[np.uint32]  # id of each byte
     byte_pairs: NDArray[np.uint32]  # rank of the merge of each two bytes, first << 8 | second
 
@@ -80,8 +81,8 @@ class Work(NamedTuple):
 
 @inline_kernel
 def home_of_pair(key: Word, pairs: NDArray[np.uint64]) -> Word:
-    """Where in `pairs` the search for two ids begins."""
-    return ((key * MULTIPLIER) >> HALF) & Word(len(pairs) - 1)
+    """Where in `pairs` the search for two ids begins: a bucket of four words, half a line of the processor's cache."""
+    return ((key * MULTIPLIER) >> HALF) & Word(len(pairs) - 4)
 
 
 @kernel
@@ -111,11 +112,23 @@ def find_merge(left: np.uint32, right: np.uint32, pairs: NDArray[np.uint64]) -> 
     """Rank of the merge of two ids, NO_MERGE if there is none."""
     key = (Word(left) << ID_BITS) | Word(right)
     i = home_of_pair(key, pairs)
-    while pairs[i] != NONE:
-        if pairs[i] >> RANK_BITS == key:
-            return np.uint32((pairs[i] & RANK_MASK) - ONE)
-        i = (i + ONE) & Word(len(pairs) - 1)
-    return NO_MERGE
+    while True:
+        # No branch tells the four apart: the processor could not predict it.
+        found = NONE
+        for j in range(4):
+            word = pairs[i + Word(j)]
+            found |= word if word >> RANK_BITS == key else NONE
+        if found != NONE or pairs[i + Word(3)] == NONE:
+            return np.uint32((found & RANK_MASK) - ONE)
+        i = (i + Word(4)) & Word(len(pairs) - 4)
+
+
+@inline_kernel
+def product_of(rank: int, rules: Rules) -> np.uint32:
+    """Id that the merge of `rank` makes."""
+    if rules.first_product >= 0:
+        return np.uint32(rules.first_product + rank)  # saves waiting for memory
+    return rules.products[rank]
 
 
 @inline_kernel
@@ -125,15 +138,15 @@ def merge_short(ids: NDArray[np.uint32], count: int, ranks: NDArray[np.uint32], 
     Args:
         ranks: of the merge of each id with the next.
     """
-    pairs, products = rules.pairs, rules.products
+    pairs = rules.pairs
     while count > 1:
-        best = 0
+        best, lowest = 0, ranks[0]
         for i in range(1, count - 1):
-            if ranks[i] < ranks[best]:
-                best = i
-        if ranks[best] == NO_MERGE:
+            best = i if ranks[i] < lowest else best
+            lowest = min(lowest, ranks[i])
+        if lowest == NO_MERGE:
             break
-        ids[best] = products[ranks[best]]
+        ids[best] = product_of(lowest, rules)
         count -= 1
         for i in range(best + 1, count):
             ids[i] = ids[i + 1]
@@ -255,7 +268,7 @@ def merge_long(ids: NDArray[np.uint32], count: int, work: Work, rules: Rules) ->
                 if ranks[position] != NO_MERGE:
                     leave(position, np.int64(ranks[position]), work)
                     ranks[position] = NO_MERGE
-            ids[left] = rules.products[rank]
+            ids[left] = product_of(rank, rules)
             after[left] = beyond
             if beyond < count:
                 before[beyond] = left
@@ -382,6 +395,28 @@ def store(
 
 
 @kernel
+def learn(
+    text: NDArray[np.uint8],
+    begin: int,
+    length: int,
+    low: Word,
+    high: Word,
+    slot: Word,
+    rules: Rules,
+    cache: Cache,
+    work: Work,
+) -> Word:
+    """Write the ids of a new pre-token to `work.ids` and to the cache, unless it is too long for that; their number.
+
+    Not part of its caller, so that the loop there has the processor's registers for itself.
+    """
+    number = merge_pretoken(text, begin, length, rules, work)
+    if length <= MAX_CACHED_BYTES:
+        store(text, begin, length, work.ids, number, low, high, slot, cache)
+    return Word(number)
+
+
+@kernel
 def encode_pretokens(
     text: NDArray[np.uint8],
     starts: NDArray[np.uint32],
@@ -428,11 +463,9 @@ def encode_pretokens(
             else:
                 begin = Word(starts[first + i])
                 length = Word(starts[first + i + ONE]) - begin
-                number = Word(merge_pretoken(text, np.int64(begin), np.int64(length), rules, work))
+                number = learn(text, np.int64(begin), np.int64(length), low, high, slot, rules, cache, work)
                 for j in range(number):
                     out[count + j] = work.ids[j]
-                if length <= Word(MAX_CACHED_BYTES):
-                    store(text, np.int64(begin), np.int64(length), work.ids, np.int64(number), low, high, slot, cache)
                 count += number
     return count
 

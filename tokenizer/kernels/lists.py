@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from tokenizer.kernels.machine import NONE, ONE, python_kernel, set_word_at, word_at
+from tokenizer.kernels.machine import NONE, ONE, prefetch_at, python_kernel, set_word_at, word_at
 
 Word = np.uint64
 
@@ -29,6 +29,7 @@ KNOWN = (
 TYPE, LENGTH, ELEMENTS = Word(8), Word(16), Word(24)  # offsets in a list; its reference count is at 0
 HAS_IMMORTALS = sys.version_info >= (3, 12)
 IMMORTAL = Word(1 << 31)  # the bit that says of a reference count that it must not change (PEP 683)
+AHEAD = Word(32)  # ints between the one asked of memory and the one used
 
 new_list = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_ssize_t)(("PyList_New", ctypes.pythonapi))
 """A list of so many elements, which `fill_list` must fill before anyone looks at them."""
@@ -46,6 +47,8 @@ def fill_list(address: int, ints: NDArray[np.uint64], ids: NDArray[np.uint32], c
     """
     elements = word_at(Word(address) + ELEMENTS)
     for i in range(Word(count)):
+        if i + AHEAD < Word(count):
+            prefetch_at(ints[ids[i + AHEAD]])
         number = ints[ids[i]]
         references = word_at(number)
         if not HAS_IMMORTALS or references & IMMORTAL == NONE:

@@ -73,10 +73,10 @@ class _Announcement(event.Listener):
 event.register("numba:compile", _Announcement())
 
 
-def _address(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    """Pointer to byte `arguments[1]` of the array `arguments[0]`."""
-    array = context.make_array(signature.args[0])(context, builder, arguments[0])
-    return builder.gep(builder.bitcast(array.data, BYTE.as_pointer()), [arguments[1]])
+def _address(context: Any, builder: Any, signature: Any, arguments: Any, first: int = 0) -> Any:
+    """Pointer to a byte of an array: `arguments[first]` is the array, the next argument says which byte."""
+    array = context.make_array(signature.args[first])(context, builder, arguments[first])
+    return builder.gep(builder.bitcast(array.data, BYTE.as_pointer()), [arguments[first + 1]])
 
 
 @instruction
@@ -122,6 +122,37 @@ def word_at(typing_context: Any, address: Any) -> Any:
 
 
 @instruction
+def character_at(typing_context: Any, address: Any, i: Any, like: Any) -> Any:
+    """Character i of those at `address` in memory, which have the unsigned type of `like`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        characters = builder.inttoptr(arguments[0], ir.IntType(like.bitwidth).as_pointer())
+        return builder.load(builder.gep(characters, [arguments[1]]))
+
+    return like(types.uint64, types.uint64, like), generate
+
+
+@instruction
+def narrow_16(typing_context: Any, address: Any, i: Any, like: Any, target: Any, position: Any) -> Any:
+    """Write the low bytes of 16 characters, from character i of those at `address` on, to byte `position` of `target`.
+
+    The characters have the unsigned type of `like`. Bit j of the result says whether character i + j is beyond ASCII.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        block = ir.VectorType(ir.IntType(like.bitwidth), 16)
+        first = builder.gep(builder.inttoptr(arguments[0], block.element.as_pointer()), [arguments[1]])
+        characters = builder.load(builder.bitcast(first, block.as_pointer()), align=1)
+        narrow = characters if like.bitwidth == 8 else builder.trunc(characters, ir.VectorType(BYTE, 16))
+        write_to = _address(context, builder, signature, arguments, first=3)
+        builder.store(narrow, builder.bitcast(write_to, narrow.type.as_pointer()), align=1)
+        beyond = builder.icmp_unsigned(">", characters, ir.Constant(block, [0x7F] * 16))
+        return builder.zext(builder.bitcast(beyond, ir.IntType(16)), WORD)
+
+    return types.uint64(types.uint64, types.uint64, like, target, types.int64), generate
+
+
+@instruction
 def set_word_at(typing_context: Any, address: Any, value: Any) -> Any:
     """Write 8 bytes of memory at `address`."""
 
@@ -138,8 +169,7 @@ def copy_16_bytes(typing_context: Any, target: Any, to: Any, source: Any, positi
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         block = ir.VectorType(BYTE, 16).as_pointer()
-        array = context.make_array(signature.args[2])(context, builder, arguments[2])
-        read_from = builder.gep(builder.bitcast(array.data, BYTE.as_pointer()), [arguments[3]])
+        read_from = _address(context, builder, signature, arguments, first=2)
         value = builder.load(builder.bitcast(read_from, block), align=1)
         write_to = _address(context, builder, signature, arguments)
         builder.store(value, builder.bitcast(write_to, block), align=1)
@@ -160,16 +190,31 @@ def lowest_bit(typing_context: Any, mask: Any) -> Any:
     return types.int64(types.uint64), generate
 
 
+def _prefetch(builder: Any, address: Any) -> None:
+    number = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), number, number, number])
+    hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, keep, data = (ir.Constant(number, value) for value in (0, 3, 1))
+    builder.call(hint, [address, read, keep, data])
+
+
 @instruction
 def prefetch(typing_context: Any, array: Any, position: Any) -> Any:
     """Ask the cache for the line that holds byte `position` of `array`, and do not wait for it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), number, number, number])
-        hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, keep, data = (ir.Constant(number, value) for value in (0, 3, 1))
-        builder.call(hint, [_address(context, builder, signature, arguments), read, keep, data])
+        _prefetch(builder, _address(context, builder, signature, arguments))
         return context.get_dummy_value()
 
     return types.void(array, types.int64), generate
+
+
+@instruction
+def prefetch_at(typing_context: Any, address: Any) -> Any:
+    """Ask the cache for the line that holds the memory at `address`, and do not wait for it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _prefetch(builder, builder.inttoptr(arguments[0], BYTE.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), generate
