@@ -202,6 +202,10 @@ class KVCache:
         for layer in self.layers:
             layer.length = length
 
+    def rows(self, which: slice) -> "KVCache":
+        """An empty cache for some of the sequences, in the same memory."""
+        return KVCache([layer.rows(which) for layer in self.layers], self.max_length)
+
 
 class TransformerLM(Module):
     """Token ids to logits over the next token: embeddings, blocks, final norm, head (CS336 A1 section 3).
@@ -246,6 +250,7 @@ class TransformerLM(Module):
         cache: KVCache | None = None,
         targets: Int[Tensor, "*batch seq"] | None = None,
         z_loss: float | int = 0.0,
+        token_positions: Int[Tensor, "*batch seq"] | None = None,
     ) -> Float[Tensor, "*batch seq vocab"] | Float[Tensor, ""]:
         """Logits of the token after each position, or the loss where `targets` are given.
 
@@ -256,12 +261,14 @@ class TransformerLM(Module):
             targets: the tokens that do follow. The result is then the mean cross-entropy in nats per token, computed
                 without a place for all logits (`lm.functional.linear_cross_entropy`).
             z_loss: weight of that function's further term.
+            token_positions: where each sequence of a batch stands in the cache, if not all at its end. The cache's
+                `length` must be beyond them all; no shape changes from one position to the next.
 
         Raises:
             ValueError: more positions than `context_length`, or than the cache has room for.
         """
         start, limit = (0, self.config.context_length) if cache is None else (cache.length, cache.max_length)
-        if start + token_ids.shape[-1] > limit:
+        if token_positions is None and start + token_ids.shape[-1] > limit:
             raise ValueError(
                 f"{token_ids.shape[-1]} tokens after {start} exceed the "
                 + (f"context_length={limit}" if cache is None else f"cache's max_length={limit}")
@@ -278,7 +285,7 @@ class TransformerLM(Module):
             if index in self.value_layers:
                 values = self.value_embeddings[str(index)](token_ids)
             if cache is not None:
-                x = layer(x, cache=cache.layers[index], values=values)
+                x = layer(x, token_positions, cache.layers[index], values)
             elif config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, values=values, use_reentrant=False)
             else:
