@@ -531,7 +531,7 @@ def load_model(path: PathLike, device: str | torch.device = "cpu") -> tuple[Tran
     if not isinstance(contents.get("transformer"), dict) or not isinstance(state, dict):
         raise CheckpointError(f"{path} has no model configuration: it was not written by this project")
     try:
-        model = TransformerLM(TransformerConfig(**contents["transformer"]), device)
+        model = TransformerLM(TransformerConfig.from_saved(contents["transformer"]), device)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a model configuration that this version cannot build: {error}") from None
     load_weights(model, state, str(path))

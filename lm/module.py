@@ -6,7 +6,7 @@ The loops, devices and precisions are Lightning's; every formula is this project
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -236,7 +236,6 @@ class LanguageModel(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         schedule: ScheduleConfig = ScheduleConfig(),
         compile: bool | None = None,
-        z_loss: float = 0.0,
     ) -> None:
         """Set the recipe; the weights come with `configure_model`.
 
@@ -246,15 +245,12 @@ class LanguageModel(LightningModule):
             schedule: the learning rate over the run.
             compile: torch.compile the forward pass and the loss; default, on CUDA alone. Checkpoints are the same
                 either way.
-            z_loss: weight of the mean of (log sum exp of the logits)^2 in what is minimised, and so in train/loss;
-                val/loss is without it.
         """
         super().__init__()
         self.transformer = transformer
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.compile_loss = compile
-        self.z_loss = z_loss
         self.loss: Callable[..., Tensor] = self.compute_loss
         self.clock_progress: float | None = None
         self.validation_result: dict[str, float] = {}
@@ -304,9 +300,9 @@ class LanguageModel(LightningModule):
         """Logits of the token after each position."""
         return self.model(token_ids)
 
-    def compute_loss(self, inputs: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-        """Mean cross-entropy in nats per token, without a place for all logits; and the term that z_loss weighs."""
-        return self.model(inputs, targets=targets, z_loss=z_loss)
+    def compute_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per token, without a place for all logits."""
+        return self.model(inputs, targets=targets)
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -334,7 +330,7 @@ class LanguageModel(LightningModule):
         done = self.trainer.global_step
         if length := self.schedule.context_length(done / self.num_steps(done)):
             inputs, targets = inputs.view(-1, length), targets.view(-1, length)
-        loss = self.loss(inputs, targets, self.z_loss)
+        loss = self.loss(inputs, targets)
         self.step_loss += loss.detach() / self.trainer.accumulate_grad_batches
         return loss
 
@@ -443,8 +439,7 @@ class LanguageModel(LightningModule):
         """
         if "transformer" not in checkpoint:
             raise ValueError("the checkpoint has no model configuration: it was not written by `python -m lm fit`")
-        defaults = {setting.name: setting.default for setting in fields(TransformerConfig)}
-        saved, current = defaults | checkpoint["transformer"], asdict(self.transformer)
+        saved, current = asdict(TransformerConfig.from_saved(checkpoint["transformer"])), asdict(self.transformer)
         if self.trainer.training:
             saved["matrices"], current["matrices"] = checkpoint.get("matrices", "adamw"), self.optimizer_config.matrices
         changed = [

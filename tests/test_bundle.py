@@ -16,7 +16,7 @@ from lm.report import Run
 RUN = Path("logs/toy/version_0")
 OPTIONS = [
     "--model.transformer.qk_norm=true",
-    "--model.transformer.logit_softcap=15",
+    "--model.transformer.value_embeddings=true",
     "--model.optimizer.matrices=normuon",
     "--model.schedule.context_lengths={0: 8}",
 ]
@@ -62,7 +62,7 @@ def test_the_page_says_what_it_is_and_what_it_is_not(handed_in: Path) -> None:
         assert reason in page
     recipe = page.split("## Recipe")[1].split("## Samples")[0]
     assert recipe.count("\n- ") == 5, "the four options, and the tied head of the built-in base"
-    assert "c = 15" in recipe
+    assert "8} (percentage of the run: tokens)" in recipe
     samples = page.split("## Samples")[1]
     assert samples.count("**model**") == samples.count("**text goes on**") == 4
     assert "cat" in samples

@@ -109,7 +109,6 @@ def test_what_was_exported_comes_back_bit_for_bit(head: str, tmp_path: Path, sma
     [
         *({"norm": "post"}, {"norm": "none"}, {"position": "none"}, {"ffn": "silu"}, {"ffn": "relu2"}),
         *({"qk_norm": True}, {"gated_attention": True}, {"value_embeddings": True}, {"unet_skips": True}),
-        {"logit_softcap": 15.0},
     ],
     ids=str,
 )

@@ -274,7 +274,7 @@ def test_a_checkpoint_from_before_an_option_goes_on_and_one_of_another_optimizer
     assert fit("--trainer.max_steps=4") == 0
     path = max(RUN.glob("checkpoints/*.ckpt"))
     contents = torch.load(path, weights_only=True)
-    for name in ("init", "qk_norm", "gated_attention", "value_embeddings", "unet_skips", "logit_softcap"):
+    for name in ("init", "qk_norm", "gated_attention", "value_embeddings", "unet_skips"):
         del contents["transformer"][name]
     del contents["matrices"]
     torch.save(contents, "old.ckpt")
