@@ -49,9 +49,7 @@ RECIPE = {
     "model.optimizer.matrices=muon": "Muon moves the blocks' matrices, AdamW everything else.",
     "model.optimizer.matrices=normuon": "NorMuon moves the blocks' matrices, AdamW everything else.",
     "model.schedule.shape=trapezoid": "The learning rate stays high, then falls in a straight line.",
-    "model.schedule.average_ratio": "The weights are averaged over the last {} of the run.",
     "model.schedule.context_lengths": "The context grows over the run: {} (percentage of the run: tokens).",
-    "data.batch_schedule": "The batch grows over the run: {} (update: windows).",
     "data.windows=epoch": "Windows are drawn without replacement.",
 }
 

@@ -512,7 +512,7 @@ def _settings_behind(
 def load_model(path: PathLike, device: str | torch.device = "cpu") -> tuple[TransformerLM, dict[str, Any]]:
     """Rebuild the model of any checkpoint of this project, in evaluation mode.
 
-    Where the run was averaging its weights, with the mean: its val/loss is that of the mean, too.
+    An earlier version could average weights: then with the mean, as its val/loss is that of the mean.
 
     Args:
         path: a checkpoint file, or a run directory for its best one.

@@ -31,6 +31,7 @@ Head = Literal["untied", "tied"]
 Attention = Literal["scratch", "fused"]
 Init = Literal["standard", "zero_output"]
 
+NO_MORE = "a setting that is no more: logs/leaderboard/NOTES.md says why"
 # Settings of earlier versions, with the value that leaves the model as it is without them.
 REMOVED = {"logit_softcap": None}
 
@@ -126,9 +127,7 @@ class TransformerConfig:
             if name not in REMOVED:
                 raise ValueError(f"{name}={saved[name]} is a setting that this version does not know")
             if saved[name] != REMOVED[name]:
-                raise ValueError(
-                    f"{name}={saved[name]} is a setting that is no more: logs/leaderboard/NOTES.md says why"
-                )
+                raise ValueError(f"{name}={saved[name]} is {NO_MORE}")
         return cls(**known)
 
     @property

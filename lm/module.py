@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from lm.functional import cross_entropy
-from lm.model import TransformerConfig, TransformerLM
+from lm.model import NO_MORE, TransformerConfig, TransformerLM
 from lm.optim import AdamW, Muon, clip_gradients, cosine_schedule, trapezoid_schedule
 
 Batch = Sequence[Any]  # inputs, targets, and in validation how many of the targets count
@@ -114,8 +114,6 @@ class ScheduleConfig:
         min_lr_ratio: the last rate as a share of the highest.
         decay_ratio: trapezoid only: the share of the run in which the rate falls.
         follow: the run's length is `trainer.max_steps`, or what the clock allows (`run.max_minutes`).
-        average_ratio: the share of the run, at its end, over whose updates the weights are averaged. From then on
-            validation, samples and whatever loads a checkpoint use the mean; training goes on with the last weights.
         context_lengths: tokens per training sequence from these percentages of the run on, {0: 128, 30: 256}: windows
             are cut into pieces of that length, so that the tokens of an update stay the same.
 
@@ -128,13 +126,12 @@ class ScheduleConfig:
     min_lr_ratio: float = 0.1
     decay_ratio: float = 0.3
     follow: Literal["steps", "clock"] = "steps"
-    average_ratio: float = 0.0
     context_lengths: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
-        for name in ("min_lr_ratio", "decay_ratio", "average_ratio"):
+        for name in ("min_lr_ratio", "decay_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
         for percent, length in self.context_lengths.items():
@@ -222,7 +219,6 @@ class LanguageModel(LightningModule):
         grad_norm: norm of all gradients before clipping at the last update.
         nonfinite: True on the device once a loss or gradient norm was NaN or infinite.
         clock_progress: share of the time that has gone by, kept by `RunControl`; None without a cap.
-        averaged: the mean of the weights since averaging began, by name; empty before.
     """
 
     model: TransformerLM
@@ -254,9 +250,6 @@ class LanguageModel(LightningModule):
         self.loss: Callable[..., Tensor] = self.compute_loss
         self.clock_progress: float | None = None
         self.validation_result: dict[str, float] = {}
-        self.averaged: dict[str, Tensor] = {}
-        self.num_averaged = 0
-        self.last_weights: dict[str, Tensor] = {}  # while the mean stands in their place
         for length in schedule.context_lengths.values():
             if transformer.context_length % length:
                 raise ValueError(
@@ -283,11 +276,6 @@ class LanguageModel(LightningModule):
         reset_seed()  # whatever preparing the data has drawn from the generators
         self.model = TransformerLM(self.transformer)
         if self.device_mesh is not None:
-            if self.schedule.average_ratio:
-                raise ValueError(
-                    f"average_ratio={self.schedule.average_ratio} needs whole weights, and FSDP cuts them: "
-                    "use trainer.strategy=ddp"
-                )
             shard(self.model, self.device_mesh["data_parallel"])
         compile_loss = self.compile_loss
         if compile_loss is None:
@@ -354,9 +342,6 @@ class LanguageModel(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Lightning's call once per update."""
         scheduler.step()
-        begin = (1 - self.schedule.average_ratio) * self.num_steps(scheduler.num_updates)
-        if self.averaged or scheduler.num_updates > begin:
-            self.average_weights()
 
     def num_steps(self, step: int) -> float:
         """Updates in the whole run. By the clock, that is estimated anew at each step; `step` of them are done."""
@@ -369,28 +354,7 @@ class LanguageModel(LightningModule):
         """The rate of update `step`, counted from 1."""
         return self.schedule.rate(step, self.num_steps(step), self.optimizer_config.lr)
 
-    @torch.no_grad()
-    def average_weights(self) -> None:
-        """Take the present weights into their mean, which is kept in float32."""
-        weights = {name: parameter.float() for name, parameter in self.model.named_parameters()}
-        self.averaged = self.averaged or {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        self.num_averaged += 1
-        torch._foreach_lerp_(list(self.averaged.values()), list(weights.values()), 1 / self.num_averaged)
-
     # ------------------------------------------------------------------------------------------------- validation
-
-    def on_validation_start(self) -> None:
-        """Put the mean of the weights in the place of the last ones, if there is one."""
-        for name, mean in self.averaged.items():
-            parameter = self.model.get_parameter(name)
-            self.last_weights[name] = parameter.data
-            parameter.data = mean.to(parameter.dtype)
-
-    def on_validation_end(self) -> None:
-        """Put the last weights back; the samples are written by now."""
-        for name, weight in self.last_weights.items():
-            self.model.get_parameter(name).data = weight
-        self.last_weights = {}
 
     def on_validation_epoch_start(self) -> None:
         """Sums anew; made here and not in `__init__`, so that no precision plugin turns them into bfloat16."""
@@ -426,8 +390,6 @@ class LanguageModel(LightningModule):
         """Store the model's configuration as plain values: equal shapes do not make equal models (norm pre, post)."""
         checkpoint["transformer"] = asdict(self.transformer)
         checkpoint["matrices"] = self.optimizer_config.matrices
-        if self.averaged:
-            checkpoint["averaged"], checkpoint["num_averaged"] = self.averaged, self.num_averaged
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another model and, to go on training, the state of another optimizer.
@@ -449,8 +411,8 @@ class LanguageModel(LightningModule):
         ]
         if changed:
             raise ValueError("the checkpoint is of another model: " + "; ".join(changed))
-        self.averaged = {name: mean.to(self.device) for name, mean in checkpoint.get("averaged", {}).items()}
-        self.num_averaged = checkpoint.get("num_averaged", 0)
+        if "averaged" in checkpoint:
+            raise ValueError(f"the checkpoint is of a run that averaged its weights, {NO_MORE}")
 
 
 # What may change between a checkpoint and its use: the weights mean the same.

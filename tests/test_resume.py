@@ -136,9 +136,7 @@ VARIANTS = {
         "--model.optimizer.embedding_lr=0.01",
         "--model.transformer.qk_norm=true",
         "--model.transformer.value_embeddings=true",
-        "--model.schedule.average_ratio=0.5",
         "--model.schedule.context_lengths={0: 8, 50: 16}",
-        "--data.batch_schedule={2: 6}",
     ],
 }
 
