@@ -497,13 +497,15 @@ class TokenDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare a checkpoint's data with ours: to validate, the tokenizer must agree; to go on training, all.
 
+        A checkpoint that names less, as that of an imported model, has less that must agree.
+
         Raises:
             ValueError: something differs (and what), unless `changed_data` is "accept".
         """
         current = self.fingerprint()
         training = self.trainer is not None and self.trainer.training
-        compared = current if training else ["tokenizer_sha256"]
         saved = state_dict
+        compared = [k for k in current if k in saved] if training else ["tokenizer_sha256"]
         changed = [f"{k}: checkpoint {saved.get(k)}, now {current[k]}" for k in compared if saved.get(k) != current[k]]
         if training and saved.get("batch_schedule"):  # which an earlier version had
             changed.append(f"batch_schedule: checkpoint {saved['batch_schedule']}, now there is none")

@@ -522,10 +522,13 @@ def test_a_checkpoint_of_other_data_is_refused_with_the_difference(dataset: Path
     after.load_state_dict(saved)
 
 
-def test_a_checkpoint_whose_batch_grew_is_refused(dataset: Path) -> None:
+def test_a_checkpoint_whose_batch_grew_is_refused_and_one_that_knows_its_tokenizer_alone_is_not(dataset: Path) -> None:
     data = TokenDataModule(directory=str(dataset), context_length=16)
     data.setup("fit")
     data.trainer = SimpleNamespace(training=True, global_rank=0, world_size=1)  # type: ignore[assignment]
     data.load_state_dict(data.state_dict() | {"batch_schedule": {}})
     with pytest.raises(ValueError, match=r"batch_schedule: checkpoint \{9: 64\}, now there is none"):
         data.load_state_dict(data.state_dict() | {"batch_schedule": {9: 64}})
+    data.load_state_dict({"tokenizer_sha256": data.meta["tokenizer_sha256"]})  # of an imported model
+    with pytest.raises(ValueError, match="trained on other data: tokenizer_sha256: checkpoint another"):
+        data.load_state_dict({"tokenizer_sha256": "another"})
