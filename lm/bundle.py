@@ -47,7 +47,6 @@ RECIPE = {
     "model.transformer.value_embeddings=True": "Every other layer adds an embedding of the token to its values.",
     "model.transformer.unet_skips=True": "The first half's outputs are added to the second half's inputs.",
     "model.optimizer.matrices=muon": "Muon moves the blocks' matrices, AdamW everything else.",
-    "model.optimizer.matrices=normuon": "NorMuon moves the blocks' matrices, AdamW everything else.",
     "model.schedule.shape=trapezoid": "The learning rate stays high, then falls in a straight line.",
     "model.schedule.context_lengths": "The context grows over the run: {} (percentage of the run: tokens).",
     "data.windows=epoch": "Windows are drawn without replacement.",

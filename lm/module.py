@@ -32,8 +32,8 @@ class OptimizerConfig:
         betas: decay rates of the moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled from the gradient.
-        matrices: what moves the blocks' matrices: AdamW like all the rest, or Muon or NorMuon.
-        momentum: of Muon and NorMuon.
+        matrices: what moves the blocks' matrices: AdamW like all the rest, or Muon.
+        momentum: of Muon.
         matrix_lr: the highest rate of the blocks' matrices; default, lr.
         embedding_lr: that of the token embeddings, and of value embeddings; default, lr.
         head_lr: that of an untied head; default, lr.
@@ -47,7 +47,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    matrices: Literal["adamw", "muon", "normuon"] = "adamw"
+    matrices: Literal["adamw", "muon"] = "adamw"
     momentum: float = 0.95
     matrix_lr: float | None = None
     embedding_lr: float | None = None
@@ -88,7 +88,7 @@ class OptimizerConfig:
         if self.matrices == "adamw":
             return AdamW(model.parameters(), **self.options, rates=rates)
         matrices = [parameter for name, parameter in model.named_parameters() if parts[name] == "matrix"]
-        return Muon(model.parameters(), matrices, self.matrices, self.momentum, **self.options, rates=rates)
+        return Muon(model.parameters(), matrices, self.momentum, **self.options, rates=rates)
 
 
 def part_of(name: str) -> Literal["matrix", "embedding", "head", "scalar"]:

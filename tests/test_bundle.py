@@ -17,7 +17,7 @@ RUN = Path("logs/toy/version_0")
 OPTIONS = [
     "--model.transformer.qk_norm=true",
     "--model.transformer.value_embeddings=true",
-    "--model.optimizer.matrices=normuon",
+    "--model.optimizer.matrices=muon",
     "--model.schedule.context_lengths={0: 8}",
 ]
 
@@ -49,7 +49,7 @@ def test_the_figures_are_those_of_the_run(handed_in: Path) -> None:
     ]
     assert all(float(row["wall_seconds"]) > 0 for row in curve)
     config = yaml.safe_load((handed_in / "config.yaml").read_text())
-    assert config["model"]["optimizer"]["matrices"] == "normuon"
+    assert config["model"]["optimizer"]["matrices"] == "muon"
     assert json.loads((handed_in / "environment.json").read_text())["torch"]
 
 

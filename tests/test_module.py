@@ -88,7 +88,7 @@ def test_settings_out_of_range_are_refused(make: Callable[[], Any], message: str
         make()
 
 
-@pytest.mark.parametrize("matrices", ["adamw", "normuon"])
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
 def test_every_part_of_the_model_has_its_own_rate(matrices: Any) -> None:
     config = TransformerConfig(40, 12, 3, 2, 16, 32, qk_norm=True, value_embeddings=True, unet_skips=True)
     model = TransformerLM(config)
@@ -100,7 +100,7 @@ def test_every_part_of_the_model_has_its_own_rate(matrices: Any) -> None:
     assert names["lm_head.weight"] == 2
     assert names["layers.1.attn.q_norm.weight"] == names["skips"] == names["ln_final.weight"] == 1
     assert len(optimizer.param_groups) == 1
-    if matrices == "normuon":
+    if matrices == "muon":
         assert isinstance(optimizer, Muon)
         assert len(optimizer.matrices) == 3 * 7
         assert all(optimizer.rates[matrix] == pytest.approx(4) for matrix in optimizer.matrices)

@@ -132,7 +132,7 @@ VARIANTS = {
     "epochs": ["--data.windows=epoch", "--data.batch_size=32"],  # an epoch has 217 windows
     "device": ["--data.tokens_on=device"],
     "leaderboard": [
-        "--model.optimizer.matrices=normuon",
+        "--model.optimizer.matrices=muon",
         "--model.optimizer.embedding_lr=0.01",
         "--model.transformer.qk_norm=true",
         "--model.transformer.value_embeddings=true",
