@@ -275,14 +275,14 @@ class TransformerLM(Module):
                 added. The result is as if all were computed again.
             targets: the tokens that do follow. The result is then the mean cross-entropy in nats per token, computed
                 without a place for all logits (`lm.functional.linear_cross_entropy`).
-            token_positions: where each sequence of a batch stands in the cache, if not all at its end. The cache's
-                `length` must be beyond them all; no shape changes from one position to the next.
+            token_positions: by default, those after the cache. With a cache, each sequence of a batch may stand at
+                others, below the cache's `length`: no shape changes from one position to the next.
 
         Raises:
             ValueError: more positions than `context_length`, or than the cache has room for.
         """
         start, limit = (0, self.config.context_length) if cache is None else (cache.length, cache.max_length)
-        if token_positions is None and start + token_ids.shape[-1] > limit:
+        if (cache is None or token_positions is None) and start + token_ids.shape[-1] > limit:
             raise ValueError(
                 f"{token_ids.shape[-1]} tokens after {start} exceed the "
                 + (f"context_length={limit}" if cache is None else f"cache's max_length={limit}")
@@ -298,12 +298,11 @@ class TransformerLM(Module):
             values = None
             if index in self.value_layers:
                 values = self.value_embeddings[str(index)](token_ids)
-            if cache is not None:
-                x = layer(x, token_positions, cache.layers[index], values)
-            elif config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, values=values, use_reentrant=False)
+            arguments = (x, token_positions, cache.layers[index] if cache is not None else None, values)
+            if config.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x = layer(x, values=values)
+                x = layer(*arguments)
             if index < config.num_skips:
                 skipped.append(x)
         if config.norm != "none":
