@@ -46,14 +46,9 @@ RECIPE = {
     "model.transformer.gated_attention=True": "Each head's output is multiplied by a gate on the layer's input.",
     "model.transformer.value_embeddings=True": "Every other layer adds an embedding of the token to its values.",
     "model.transformer.unet_skips=True": "The first half's outputs are added to the second half's inputs.",
-    "model.transformer.logit_softcap": "Logits x are bounded by c tanh(x / c) with c = {}.",
-    "model.z_loss": "z-loss with weight {}.",
     "model.optimizer.matrices=muon": "Muon moves the blocks' matrices, AdamW everything else.",
-    "model.optimizer.matrices=normuon": "NorMuon moves the blocks' matrices, AdamW everything else.",
     "model.schedule.shape=trapezoid": "The learning rate stays high, then falls in a straight line.",
-    "model.schedule.average_ratio": "The weights are averaged over the last {} of the run.",
     "model.schedule.context_lengths": "The context grows over the run: {} (percentage of the run: tokens).",
-    "data.batch_schedule": "The batch grows over the run: {} (update: windows).",
     "data.windows=epoch": "Windows are drawn without replacement.",
 }
 

@@ -527,7 +527,7 @@ def _settings_behind(
 def load_model(path: PathLike, device: str | torch.device = "cpu") -> tuple[TransformerLM, dict[str, Any]]:
     """Rebuild the model of any checkpoint of this project, in evaluation mode.
 
-    Where the run was averaging its weights, with the mean: its val/loss is that of the mean, too.
+    An earlier version could average weights: then with the mean, as its val/loss is that of the mean.
 
     Args:
         path: a checkpoint file, or a run directory for its best one.
@@ -546,7 +546,7 @@ def load_model(path: PathLike, device: str | torch.device = "cpu") -> tuple[Tran
     if not isinstance(contents.get("transformer"), dict) or not isinstance(state, dict):
         raise CheckpointError(f"{path} has no model configuration: it was not written by this project")
     try:
-        model = TransformerLM(TransformerConfig(**contents["transformer"]), device)
+        model = TransformerLM(TransformerConfig.from_saved(contents["transformer"]), device)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a model configuration that this version cannot build: {error}") from None
     load_weights(model, state, str(path))

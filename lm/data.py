@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -196,7 +196,6 @@ class TrainingBatches(Dataset):
         rank: this process's.
         world_size: number of ranks.
         starts_only: leave the windows to `DeviceTokens`.
-        schedule: other batch sizes, by the first batch that has them.
     """
 
     def __init__(
@@ -207,22 +206,15 @@ class TrainingBatches(Dataset):
         rank: int,
         world_size: int,
         starts_only: bool,
-        schedule: Mapping[int, int] = {},
     ):
-        self.tokens, self.order, self.starts_only = tokens, order, starts_only
-        self.batch_sizes = sorted(({0: batch_size} | dict(schedule)).items())
+        self.tokens, self.order, self.batch_size, self.starts_only = tokens, order, batch_size, starts_only
         self.rank, self.world_size = rank, world_size
 
     def __getitem__(self, t: int) -> Tensor | tuple[Tensor, Tensor]:
-        before, size, since = 0, 0, 0  # windows per rank before batch `since`, and in each batch from there on
-        for first, next_size in self.batch_sizes:
-            if first <= t:
-                before, size, since = before + (first - since) * size, next_size, first
-        before += (t - since) * size
-        starts = self.order.starts(before * self.world_size + self.rank * size, size)
+        starts = self.order.starts((t * self.world_size + self.rank) * self.batch_size, self.batch_size)
         if self.starts_only:
             return torch.from_numpy(starts)
-        return get_batch(self.tokens, size, self.order.context_length, "cpu", starts)
+        return get_batch(self.tokens, self.batch_size, self.order.context_length, "cpu", starts)
 
 
 class CountFrom:
@@ -366,7 +358,6 @@ class TokenDataModule(pl.LightningDataModule):
         num_workers: processes that read ahead; 0 reads in the training process, which is quick enough here.
         tokens_on: "device" keeps the whole training file in the device's memory (2 bytes per token).
         changed_data: whether a run may resume on other data, batch size, context or seed than its checkpoint's.
-        batch_schedule: other batch sizes from these updates on, for example {1000: 64, 4000: 128}.
     """
 
     def __init__(
@@ -386,7 +377,6 @@ class TokenDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         tokens_on: Literal["host", "device"] = "host",
         changed_data: Literal["refuse", "accept"] = "refuse",
-        batch_schedule: dict[int, int] | None = None,
     ):
         super().__init__()
         self.corpus, self.train_text, self.valid_text = corpus, train_text, valid_text
@@ -397,9 +387,6 @@ class TokenDataModule(pl.LightningDataModule):
         self.windows, self.num_workers = windows, num_workers
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # where Lightning notes its own
         self.tokens_on, self.changed_data = tokens_on, changed_data
-        self.batch_schedule = batch_schedule or {}
-        if any(update < 1 or size < 1 for update, size in self.batch_schedule.items()):
-            raise ValueError(f"batch_schedule={batch_schedule} must give sizes from 1 up for updates from 1 up")
         for name in ("context_length", "val_context_length", "batch_size", "val_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -463,10 +450,8 @@ class TokenDataModule(pl.LightningDataModule):
         start = progress.processed if progress else 0  # type: ignore[attr-defined]
         tokens = self._splits["train"]
         order = WindowOrder(len(tokens), self.context_length, self.seed, self.windows)
-        per_update = self.trainer.accumulate_grad_batches if self.trainer else 1
-        schedule = {update * per_update: size for update, size in self.batch_schedule.items()}
         starts_only = self.tokens_on == "device"
-        batches = TrainingBatches(tokens, order, self.batch_size, *self._shard, starts_only, schedule)
+        batches = TrainingBatches(tokens, order, self.batch_size, *self._shard, starts_only)
         return DataLoader(
             batches,
             sampler=CountFrom(start),
@@ -501,7 +486,6 @@ class TokenDataModule(pl.LightningDataModule):
             "train_tokens": splits["train"]["num_tokens"] if "train" in splits else None,
             "context_length": self.context_length,
             "global_batch_size": self.batch_size * self._shard[1],
-            "batch_schedule": self.batch_schedule,
             "windows": self.windows,
             "seed": self.seed,
         }
@@ -513,14 +497,18 @@ class TokenDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare a checkpoint's data with ours: to validate, the tokenizer must agree; to go on training, all.
 
+        A checkpoint that names less, as that of an imported model, has less that must agree.
+
         Raises:
             ValueError: something differs (and what), unless `changed_data` is "accept".
         """
         current = self.fingerprint()
         training = self.trainer is not None and self.trainer.training
-        compared = current if training else ["tokenizer_sha256"]
-        saved = {"batch_schedule": {}} | state_dict  # which earlier versions did not have
+        saved = state_dict
+        compared = [k for k in current if k in saved] if training else ["tokenizer_sha256"]
         changed = [f"{k}: checkpoint {saved.get(k)}, now {current[k]}" for k in compared if saved.get(k) != current[k]]
+        if training and saved.get("batch_schedule"):  # which an earlier version had
+            changed.append(f"batch_schedule: checkpoint {saved['batch_schedule']}, now there is none")
         if changed and self.changed_data == "refuse":
             raise ValueError(
                 "the checkpoint was trained on other data: "

@@ -397,12 +397,14 @@ def run_import(format: Literal["hf"], directory: Path, output: Path = Path("logs
     if path.exists():
         raise FileExistsError(f"{path} is there already: choose another --output")
     model = import_hf(directory)
-    Tokenizer.from_directory(directory).save(output / "tokenizer")
+    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer.save(output / "tokenizer")
     transformer = asdict(model.config)
     contents = {
         "state_dict": {f"model.{name}": weight for name, weight in model.state_dict().items()},
         "transformer": transformer,
         "global_step": 0,
+        "TokenDataModule": {"tokenizer_sha256": tokenizer.sha256},  # of its data nothing else is known
         # What Lightning asks a checkpoint for when training goes on from it: here it begins anew.
         "pytorch-lightning_version": importlib.metadata.version("lightning"),
         "optimizer_states": [],
@@ -417,5 +419,8 @@ def run_import(format: Literal["hf"], directory: Path, output: Path = Path("logs
         f"{directory} is now {path}\n"
         "next:\n"
         f"  python -m lm generate --ckpt {output}\n"
-        f"  python -m lm fit --ckpt_path {path}   trains on, with data of the tokenizer in {output / 'tokenizer'}"
+        "to train on, with data of its own tokenizer:\n"
+        f"  mkdir -p data/on && cp -r {output / 'tokenizer'} data/on\n"
+        "  python -m tokenizer encode my.txt --tokenizer data/on/tokenizer --output data/on/train.npy; valid.npy too\n"
+        f"  python -m lm fit --data.directory data/on --ckpt_path {path}"
     )

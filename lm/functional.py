@@ -135,8 +135,6 @@ def linear_cross_entropy(
     hidden: Float[Tensor, "*batch d_model"],
     weight: Float[Tensor, "vocab d_model"],
     targets: Int[Tensor, "*batch"],
-    softcap: float | int | None = None,
-    z_loss: float | int = 0.0,
 ) -> Float[Tensor, ""]:
     """`cross_entropy` of the logits hidden W^T, without a place for all of them: at most 2^25 exist at a time.
 
@@ -144,24 +142,11 @@ def linear_cross_entropy(
         hidden: the last residual stream.
         weight: of the head.
         targets: token ids.
-        softcap: bound the logits by it (`soft_cap`).
-        z_loss: weight of a further term, the mean of (log sum exp of the logits)^2, which keeps them from drifting
-            (Chowdhery et al. 2022, PaLM, section 5).
     """
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         rows = hidden.reshape(-1, hidden.shape[-1])
-        return gradients.LinearCrossEntropy.apply(rows, weight, targets.reshape(-1), softcap, z_loss)
-    logits = soft_cap(hidden @ weight.T, softcap)
-    loss = cross_entropy(logits, targets)
-    return loss + z_loss * at_least_float32(logits).logsumexp(-1).square().mean() if z_loss else loss
-
-
-def soft_cap(logits: Float[Tensor, "*shape"], cap: float | int | None) -> Float[Tensor, "*shape"]:
-    """cap tanh(logits / cap), which stays within -cap and cap; None leaves the logits as they are.
-
-    Gemma Team 2024, "Gemma 2", section 2.
-    """
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+        return gradients.LinearCrossEntropy.apply(rows, weight, targets.reshape(-1))
+    return cross_entropy(hidden @ weight.T, targets)
 
 
 def perplexity(logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, ""]:

@@ -8,10 +8,12 @@ text degrades when the first positions leave the cache: Xiao et al. 2023, "Effic
 attention sinks".) `window_start` is the whole rule, for prompts that are too long as well.
 """
 
+import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -99,28 +101,64 @@ def window_start(num_tokens: int, context_length: int) -> int:
     return max(0, -(-(num_tokens - context_length) // stride) * stride)
 
 
-class Decoder:
-    """The logits after a batch of growing texts of equal length, with a KV cache."""
+def grow(
+    model: TransformerLM,
+    token_ids: Int[Tensor, "batch 1"],
+    cache: KVCache,
+    token_positions: Int[Tensor, "batch 1"] | None,
+) -> Float[Tensor, "batch vocab"]:
+    """Logits after one more token of each text."""
+    # forward, not __call__: a model compiled for training would be compiled again for each length
+    return model.forward(token_ids, cache, token_positions=token_positions)[:, -1]
 
-    def __init__(self, model: TransformerLM, batch_size: int = 1) -> None:
+
+@functools.cache
+def compiled_grow() -> Callable[..., Tensor]:
+    """`grow`, compiled: once for all texts of a model, as no shape depends on their lengths."""
+    return torch.compile(grow)
+
+
+class Decoder:
+    """The logits after a batch of growing texts, with a KV cache.
+
+    Args:
+        model: decoded as it is.
+        batch_size: the number of texts.
+        padding: how many tokens at the beginning of each row are none of its text, where the lengths differ.
+        compile: use torch.compile for the step from one token to the next, over the whole cache each time.
+    """
+
+    def __init__(
+        self, model: TransformerLM, batch_size: int = 1, *, padding: Sequence[int] = (), compile: bool = False
+    ) -> None:
         self._model = model
-        self._batch_size = batch_size
-        self._cache: KVCache | None = None
-        self._start = self._end = 0  # the cache holds the tokens [start, end) of the text
+        self._compile = compile
+        self._padding = list(padding) or [0] * batch_size
+        self._cache = model.make_cache(batch_size)
+        self._starts: list[int] = []  # row i of the cache holds the tokens [starts[i], end) of text i
+        self._end = -1
 
     @torch.inference_mode()
     def next_logits(self, token_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch vocab"]:
-        """Logits of the token after `token_ids`, the whole text so far: that of the last call and what came since."""
+        """Logits of the token after `token_ids`, the whole text so far: that of the last call and one token more."""
+        last = token_ids.shape[1] - 1
         context_length = self._model.config.context_length
-        num_tokens = token_ids.shape[1]
-        start = window_start(num_tokens, context_length)
-        if self._cache is None or start != self._start:
-            self._cache = self._model.make_cache(self._batch_size, context_length)
-            self._start = self._end = start
-        new = token_ids[:, self._end :]
-        self._end = num_tokens
-        # forward, not __call__: a model compiled for training would be compiled again for each length
-        return self._model.forward(new, cache=self._cache)[:, -1]
+        starts = [padding + window_start(last + 1 - padding, context_length) for padding in self._padding]
+        held = self._starts if last == self._end else [-1] * len(starts)
+        row = 0
+        for (start, is_held), alike in groupby((start, start == old) for start, old in zip(starts, held, strict=True)):
+            rows = slice(row, row := row + len(list(alike)))
+            if not is_held and start < last:
+                self._model.forward(token_ids[rows, start:last], self._cache.rows(rows))
+        self._starts, self._end = starts, last + 1
+
+        if not self._compile and min(starts) == max(starts):
+            self._cache.length = last - starts[0]
+            return grow(self._model, token_ids[:, last:], self._cache, None)
+        positions = torch.tensor([[last - start] for start in starts], device=token_ids.device)
+        self._cache.length = context_length if self._compile else last - min(starts) + 1
+        step = compiled_grow() if self._compile else grow
+        return step(self._model, token_ids[:, last:].contiguous(), self._cache, positions)
 
 
 @dataclass
@@ -142,54 +180,63 @@ class Sample:
     finished: bool = False
 
 
-def sample_tokens(
+def sample_batch(
     model: TransformerLM,
-    prompt_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     sampling: Sampling = Sampling(),
     *,
     num_samples: int = 1,
     stop_id: int | None = None,
     forced_ids: Sequence[int] = (),
     num_alternatives: int = 0,
+    compile: bool = False,
 ) -> Iterator[list[Sample]]:
-    """Continue a prompt; after each step, the samples as they stand (the same objects, grown by up to one token each).
+    """Continue prompts; after each step, the samples as they stand (the same objects, grown by up to one token each).
 
-    Sample i draws from its own generator, seeded with `seed + i`: it does not depend on how many others there are.
+    Sample i of a prompt draws from its own generator, seeded with `seed + i`: it does not depend on what else there is.
 
     Args:
         model: decoded as it is, on the device where it is.
-        prompt_ids: at least one token; of a prompt longer than the context the model sees the end (`window_start`).
+        prompts: of any lengths, at least one token each; of a prompt longer than the context the model sees the end
+            (`window_start`).
         sampling: default, the model's own distribution.
-        num_samples: decoded together as one batch.
+        num_samples: of each prompt; they follow each other. All are decoded together as one batch.
         stop_id: the token that ends a sample; default, none.
         forced_ids: the first tokens of each sample, taken as they are: what is reported of them scores a given text.
         num_alternatives: how many of the most probable tokens are reported with each token.
+        compile: use torch.compile, which costs some seconds at first.
 
     Raises:
-        ValueError: the prompt is empty, ids are beyond the vocabulary, or a number is below 1.
+        ValueError: there is no prompt or an empty one, ids are beyond the vocabulary, or a number is below 1.
     """
     vocab_size, device = model.config.vocab_size, model.token_embeddings.weight.device
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1")
-    if not prompt_ids:
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one")
+    if not all(prompts):
         raise ValueError("prompt_ids is empty: start with the token of <|endoftext|>")
-    for token_id in (*prompt_ids, *forced_ids):
+    for token_id in (*chain.from_iterable(prompts), *forced_ids):
         if not 0 <= token_id < vocab_size:
             raise ValueError(f"token id {token_id} is not in [0, vocab_size={vocab_size}): is it another tokenizer's?")
 
     def steps() -> Iterator[list[Sample]]:
-        generators = [torch.Generator(device).manual_seed(sampling.seed + i) for i in range(num_samples)]
-        samples = [Sample() for _ in range(num_samples)]
-        decoder = Decoder(model, num_samples)
-        given = [*prompt_ids, *forced_ids]
-        length = len(prompt_ids) + max(sampling.max_new_tokens, len(forced_ids))
-        text = torch.empty(num_samples, length, dtype=torch.int64, device=device)
-        text[:, : len(given)] = torch.tensor(given, device=device)
-        for end in range(len(prompt_ids), length):
+        rows = [prompt for prompt in prompts for _ in range(num_samples)]
+        generators = [torch.Generator(device).manual_seed(sampling.seed + i % num_samples) for i in range(len(rows))]
+        samples = [Sample() for _ in rows]
+        longest = max(map(len, rows))
+        padding = [longest - len(prompt) for prompt in rows]
+        decoder = Decoder(model, len(rows), padding=padding, compile=compile)
+        given = longest + len(forced_ids)
+        length = longest + max(sampling.max_new_tokens, len(forced_ids))
+        text = torch.zeros(len(rows), length, dtype=torch.int64, device=device)
+        padded = [[*[0] * before, *prompt, *forced_ids] for before, prompt in zip(padding, rows, strict=True)]
+        text[:, :given] = torch.tensor(padded, device=device)
+        for end in range(longest, length):
             logits = decoder.next_logits(text[:, :end]).float()
-            if end >= len(given):
-                rows = zip(sampling.probabilities(logits), generators, strict=True)
-                text[:, end] = torch.cat([torch.multinomial(row, 1, generator=own) for row, own in rows])
+            if end >= given:
+                drawn_from = zip(sampling.probabilities(logits), generators, strict=True)
+                text[:, end] = torch.cat([torch.multinomial(row, 1, generator=own) for row, own in drawn_from])
             drawn = text[:, end]
             log_normalisers = logits.logsumexp(dim=-1, keepdim=True)
             log_probabilities = (logits.gather(-1, drawn[:, None]) - log_normalisers)[:, 0].tolist()
@@ -207,6 +254,13 @@ def sample_tokens(
                 return
 
     return steps()
+
+
+def sample_tokens(
+    model: TransformerLM, prompt_ids: Sequence[int], sampling: Sampling = Sampling(), **options: Any
+) -> Iterator[list[Sample]]:
+    """`sample_batch` of one prompt, with its options."""
+    return sample_batch(model, [prompt_ids], sampling, **options)
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -232,11 +286,17 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def sample_texts(
-    model: TransformerLM, tokenizer: Tokenizer, prompt: str, sampling: Sampling, num_samples: int = 1
+    model: TransformerLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    num_samples: int = 1,
+    compile: bool = False,
 ) -> Iterator[list[Sample]]:
-    """`sample_tokens` after a text, until the documents end."""
+    """`sample_batch` after texts, until the documents end."""
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     stop_id = end_of_text_id(tokenizer)
-    return sample_tokens(model, encode_prompt(tokenizer, prompt), sampling, num_samples=num_samples, stop_id=stop_id)
+    return sample_batch(model, encoded, sampling, num_samples=num_samples, stop_id=stop_id, compile=compile)
 
 
 def decode_steps(tokenizer: Tokenizer, steps: Iterable[list[Sample]]) -> Iterator[str]:
@@ -252,23 +312,25 @@ def stream(
     Raises:
         ValueError: the prompt cannot be encoded, see `encode_prompt`.
     """
-    return decode_steps(tokenizer, sample_texts(model, tokenizer, prompt, sampling))
+    return decode_steps(tokenizer, sample_texts(model, tokenizer, [prompt], sampling))
 
 
 def generate(
     model: TransformerLM,
     tokenizer: Tokenizer,
-    prompt: str = "",
+    prompt: str | Sequence[str] = "",
     sampling: Sampling = Sampling(),
     *,
     num_samples: int = 1,
+    compile: bool = False,
 ) -> list[str]:
-    """`num_samples` continuations of `prompt`, decoded together; sample i is that of `seed + i` alone.
+    """`num_samples` continuations of each prompt, decoded together; sample i of a prompt is that of `seed + i` alone.
 
     Raises:
         ValueError: as for `stream`, or `num_samples` is below 1.
     """
-    *_, samples = sample_texts(model, tokenizer, prompt, sampling, num_samples)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    *_, samples = sample_texts(model, tokenizer, prompts, sampling, num_samples, compile)
     return [tokenizer.decode(sample.token_ids) for sample in samples]
 
 

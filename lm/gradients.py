@@ -184,20 +184,17 @@ class LinearCrossEntropy(Function):
     """Cross-entropy of the logits h W^T, which become their own gradient in place, a bounded number at a time.
 
     dlogits = (softmax(logits) - onehot(target)) g / rows;  dh = dlogits W;  dW = dlogits^T h. All but the factor
-    g / rows is known in the forward pass: kept are dh and dW, and of the logits nothing. A soft cap and a z-loss add to
-    dlogits what `summed_loss_and_gradient_` says.
+    g / rows is known in the forward pass: kept are dh and dW, and of the logits nothing.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | int | None, z_loss: float | int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         d_hidden, d_weight = torch.empty_like(hidden), None
         loss = torch.zeros((), device=hidden.device)
         rows = max(1, LOGITS // len(weight))
         for h, target, dh in zip(*(x.split(rows) for x in (hidden, targets, d_hidden)), strict=True):
             logits = at_least_float32(h @ weight.T)
-            loss += summed_loss_and_gradient_(logits, target, softcap, z_loss)
+            loss += summed_loss_and_gradient_(logits, target)
             d_logits = logits.to(weight.dtype)
             dh.copy_(d_logits @ weight)
             product = (d_logits.T @ h).to(weight.dtype)
@@ -207,35 +204,19 @@ class LinearCrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         d_hidden, d_weight = ctx.saved_tensors
         scale = gradient / len(d_hidden)
-        return d_hidden * scale.to(d_hidden.dtype), d_weight * scale.to(d_weight.dtype), None, None, None
+        return d_hidden * scale.to(d_hidden.dtype), d_weight * scale.to(d_weight.dtype), None
 
 
-def summed_loss_and_gradient_(
-    logits: Tensor, targets: Tensor, softcap: float | int | None, z_loss: float | int
-) -> Tensor:
-    """The summed loss of `lm.functional.linear_cross_entropy`; the logits are overwritten with its gradient.
-
-    That is softmax - onehot; with n = log sum exp and z = z_loss, softmax (1 + 2 z n) - onehot; and under c = softcap
-    times the slope of c tanh(x / c), which is 1 - tanh(x / c)^2.
-    """
+def summed_loss_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
+    """The summed cross-entropy; the logits are overwritten with its gradient, softmax - onehot."""
     losses = []
     for block, target in zip(*in_rows(logits, targets[:, None]), strict=True):
-        if softcap is not None:
-            slope = 1 - block.div_(softcap).tanh_().square()
-            block.mul_(softcap)
-        highest = block.amax(-1, keepdim=True)
-        block.sub_(highest)
+        block.sub_(block.amax(-1, keepdim=True))
         chosen = block.gather(-1, target)
         total = block.exp_().sum(-1, keepdim=True)
         losses.append(total.log().sub_(chosen))
-        if z_loss:
-            log_normaliser = total.log() + highest
-            losses[-1] += z_loss * log_normaliser.square()
-            total = total / (1 + 2 * z_loss * log_normaliser)
         block.div_(total).scatter_add_(-1, target, total.new_full((), -1).expand(target.shape))
-        if softcap is not None:
-            block.mul_(slope)
     return torch.cat(losses).sum()

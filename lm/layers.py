@@ -1,5 +1,6 @@
 """The layers of the model, from `Linear` to `MultiHeadSelfAttention`, with the handout's names and initialisation."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -11,7 +12,14 @@ from torch.nn import Module, Parameter
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 from torch.nn.init import trunc_normal_
 
-from lm.functional import causal_attention, gated_silu, rms_norm, silu, squared_relu
+from lm.functional import (
+    causal_attention,
+    gated_silu,
+    rms_norm,
+    scaled_dot_product_attention,
+    silu,
+    squared_relu,
+)
 from lm.gradients import at_least_float32
 
 
@@ -206,6 +214,27 @@ class LayerCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def place(
+        self,
+        k: Float[Tensor, "batch heads seq d_k"],
+        v: Float[Tensor, "batch heads seq d_k"],
+        positions: Int[Tensor, "batch seq"],
+    ) -> tuple[Float[Tensor, "batch heads keys d_k"], Float[Tensor, "batch heads keys d_k"]]:
+        """Write each sequence's keys and values at positions of its own, below `length`; return the first `length`.
+
+        A sequence sees no more than its own positions if the caller masks the rest.
+        """
+        index = positions[:, None, :, None].expand_as(k)
+        self.keys.scatter_(2, index, k)
+        self.values.scatter_(2, index, v)
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def rows(self, which: slice) -> "LayerCache":
+        """An empty cache for some of the sequences, in the same memory."""
+        part = copy.copy(self)
+        part.keys, part.values, part.length = self.keys[which], self.values[which], 0
+        return part
+
 
 class MultiHeadSelfAttention(Module):
     """Causal self-attention: `num_heads` attentions over slices of d_model / num_heads, joined by W_O.
@@ -270,7 +299,8 @@ class MultiHeadSelfAttention(Module):
 
         Args:
             x: one vector per position.
-            token_positions: for RoPE; by default 0, 1, 2, ... after what the cache holds.
+            token_positions: by default 0, 1, 2, ... after what the cache holds. With a cache, each sequence stands at
+                positions of its own there and sees those up to them (`LayerCache.place`).
             cache: the positions before `x`, to which those of `x` are added.
             values: added to the values that are computed from `x`.
         """
@@ -285,14 +315,21 @@ class MultiHeadSelfAttention(Module):
         if self.rope is not None:
             if token_positions is None:
                 start = 0 if cache is None else cache.length
-                token_positions = torch.arange(start, start + x.shape[-2], device=x.device)
+                positions = torch.arange(start, start + x.shape[-2], device=x.device)
             else:
-                token_positions = token_positions.unsqueeze(-2)  # the same for every head
-            q, k = self.rope(q, token_positions), self.rope(k, token_positions)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        attend = causal_attention if self.attention == "scratch" else fused_causal_attention
-        mixed = attend(q, k, v).transpose(-3, -2)  # (*batch, seq, heads, d_k)
+                positions = token_positions.unsqueeze(-2)  # the same for every head
+            q, k = self.rope(q, positions), self.rope(k, positions)
+        if cache is not None and token_positions is not None:
+            k, v = cache.place(k, v, token_positions)
+            seen = torch.arange(k.shape[-2], device=x.device) <= token_positions[:, None, :, None]
+            attend_to = scaled_dot_product_attention if self.attention == "scratch" else torch_attention
+            mixed = attend_to(q, k, v, seen)
+        else:
+            if cache is not None:
+                k, v = cache.append(k, v)
+            attend = causal_attention if self.attention == "scratch" else fused_causal_attention
+            mixed = attend(q, k, v)
+        mixed = mixed.transpose(-3, -2)  # (*batch, seq, heads, d_k)
         if self.gated:
             mixed = mixed * (2 * torch.sigmoid(self.gate(x)))[..., None]
         return self.output_proj(mixed.flatten(-2))

@@ -1,8 +1,9 @@
 """The Transformer language model and its configuration."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.utils.checkpoint import checkpoint
 
-from lm.functional import linear_cross_entropy, soft_cap
+from lm.functional import linear_cross_entropy
 from lm.layers import (
     Embedding,
     LayerCache,
@@ -29,6 +30,10 @@ FeedForward = Literal["swiglu", "silu", "relu2"]
 Head = Literal["untied", "tied"]
 Attention = Literal["scratch", "fused"]
 Init = Literal["standard", "zero_output"]
+
+NO_MORE = "a setting that is no more: logs/leaderboard/NOTES.md says why"
+# Settings of earlier versions, with the value that leaves the model as it is without them.
+REMOVED = {"logit_softcap": None}
 
 FEED_FORWARD: dict[str, type[SwiGLU | SiLUFeedForward]] = {
     "swiglu": SwiGLU,
@@ -63,7 +68,6 @@ class TransformerConfig:
             attention's values (Zhou et al. 2024, "Value residual learning"; the modded-nanogpt records).
         unet_skips: the output of layer i, times a learned number that is 0 at first, is added to the input of layer
             num_layers - 1 - i.
-        logit_softcap: bound the logits by this number (`lm.functional.soft_cap`).
 
     Raises:
         ValueError: a size is not positive, a variant is unknown, `num_heads` does not divide `d_model`, or RoPE gets
@@ -88,7 +92,6 @@ class TransformerConfig:
     gated_attention: bool = False
     value_embeddings: bool = False
     unet_skips: bool = False
-    logit_softcap: float | int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "num_layers", "num_heads", "d_model", "d_ff", "rope_theta"):
@@ -104,8 +107,6 @@ class TransformerConfig:
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(choices))}")
-        if self.logit_softcap is not None and not self.logit_softcap > 0:
-            raise ValueError(f"logit_softcap={self.logit_softcap} must be positive, or null for none")
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} must divide d_model={self.d_model}")
         if self.position == "rope" and self.d_head % 2:
@@ -113,6 +114,21 @@ class TransformerConfig:
                 f"d_model={self.d_model} over num_heads={self.num_heads} gives heads of odd length {self.d_head}: "
                 "RoPE rotates pairs"
             )
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any]) -> "TransformerConfig":
+        """The configuration that a checkpoint names: a setting that came later has its default.
+
+        Raises:
+            ValueError: it uses a setting that is no more, or has one that this version does not know.
+        """
+        known = {field.name: saved[field.name] for field in fields(cls) if field.name in saved}
+        for name in sorted(saved.keys() - known.keys()):
+            if name not in REMOVED:
+                raise ValueError(f"{name}={saved[name]} is a setting that this version does not know")
+            if saved[name] != REMOVED[name]:
+                raise ValueError(f"{name}={saved[name]} is {NO_MORE}")
+        return cls(**known)
 
     @property
     def d_head(self) -> int:
@@ -202,6 +218,10 @@ class KVCache:
         for layer in self.layers:
             layer.length = length
 
+    def rows(self, which: slice) -> "KVCache":
+        """An empty cache for some of the sequences, in the same memory."""
+        return KVCache([layer.rows(which) for layer in self.layers], self.max_length)
+
 
 class TransformerLM(Module):
     """Token ids to logits over the next token: embeddings, blocks, final norm, head (CS336 A1 section 3).
@@ -245,7 +265,7 @@ class TransformerLM(Module):
         token_ids: Int[Tensor, "*batch seq"],
         cache: KVCache | None = None,
         targets: Int[Tensor, "*batch seq"] | None = None,
-        z_loss: float | int = 0.0,
+        token_positions: Int[Tensor, "*batch seq"] | None = None,
     ) -> Float[Tensor, "*batch seq vocab"] | Float[Tensor, ""]:
         """Logits of the token after each position, or the loss where `targets` are given.
 
@@ -255,13 +275,14 @@ class TransformerLM(Module):
                 added. The result is as if all were computed again.
             targets: the tokens that do follow. The result is then the mean cross-entropy in nats per token, computed
                 without a place for all logits (`lm.functional.linear_cross_entropy`).
-            z_loss: weight of that function's further term.
+            token_positions: by default, those after the cache. With a cache, each sequence of a batch may stand at
+                others, below the cache's `length`: no shape changes from one position to the next.
 
         Raises:
             ValueError: more positions than `context_length`, or than the cache has room for.
         """
         start, limit = (0, self.config.context_length) if cache is None else (cache.length, cache.max_length)
-        if start + token_ids.shape[-1] > limit:
+        if (cache is None or token_positions is None) and start + token_ids.shape[-1] > limit:
             raise ValueError(
                 f"{token_ids.shape[-1]} tokens after {start} exceed the "
                 + (f"context_length={limit}" if cache is None else f"cache's max_length={limit}")
@@ -277,20 +298,19 @@ class TransformerLM(Module):
             values = None
             if index in self.value_layers:
                 values = self.value_embeddings[str(index)](token_ids)
-            if cache is not None:
-                x = layer(x, cache=cache.layers[index], values=values)
-            elif config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, values=values, use_reentrant=False)
+            arguments = (x, token_positions, cache.layers[index] if cache is not None else None, values)
+            if config.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x = layer(x, values=values)
+                x = layer(*arguments)
             if index < config.num_skips:
                 skipped.append(x)
         if config.norm != "none":
             x = self.ln_final(x)
         head = self.lm_head if config.head == "untied" else self.token_embeddings
         if targets is not None:
-            return linear_cross_entropy(x, head.weight, targets, config.logit_softcap, z_loss)
-        return soft_cap(x @ head.weight.T, config.logit_softcap)
+            return linear_cross_entropy(x, head.weight, targets)
+        return x @ head.weight.T
 
     def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `max_length` positions (default: the context length).

@@ -6,7 +6,7 @@ The loops, devices and precisions are Lightning's; every formula is this project
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from lm.functional import cross_entropy
-from lm.model import TransformerConfig, TransformerLM
+from lm.model import NO_MORE, TransformerConfig, TransformerLM
 from lm.optim import AdamW, Muon, clip_gradients, cosine_schedule, trapezoid_schedule
 
 Batch = Sequence[Any]  # inputs, targets, and in validation how many of the targets count
@@ -33,8 +33,8 @@ class OptimizerConfig:
         betas: decay rates of the moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled from the gradient.
-        matrices: what moves the blocks' matrices: AdamW like all the rest, or Muon or NorMuon.
-        momentum: of Muon and NorMuon.
+        matrices: what moves the blocks' matrices: AdamW like all the rest, or Muon.
+        momentum: of Muon.
         matrix_lr: the highest rate of the blocks' matrices; default, lr.
         embedding_lr: that of the token embeddings, and of value embeddings; default, lr.
         head_lr: that of an untied head; default, lr.
@@ -48,7 +48,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    matrices: Literal["adamw", "muon", "normuon"] = "adamw"
+    matrices: Literal["adamw", "muon"] = "adamw"
     momentum: float = 0.95
     matrix_lr: float | None = None
     embedding_lr: float | None = None
@@ -89,7 +89,7 @@ class OptimizerConfig:
         if self.matrices == "adamw":
             return AdamW(model.parameters(), **self.options, rates=rates)
         matrices = [parameter for name, parameter in model.named_parameters() if parts[name] == "matrix"]
-        return Muon(model.parameters(), matrices, self.matrices, self.momentum, **self.options, rates=rates)
+        return Muon(model.parameters(), matrices, self.momentum, **self.options, rates=rates)
 
 
 def part_of(name: str) -> Literal["matrix", "embedding", "head", "scalar"]:
@@ -115,8 +115,6 @@ class ScheduleConfig:
         min_lr_ratio: the last rate as a share of the highest.
         decay_ratio: trapezoid only: the share of the run in which the rate falls.
         follow: the run's length is `trainer.max_steps`, or what the clock allows (`run.max_minutes`).
-        average_ratio: the share of the run, at its end, over whose updates the weights are averaged. From then on
-            validation, samples and whatever loads a checkpoint use the mean; training goes on with the last weights.
         context_lengths: tokens per training sequence from these percentages of the run on, {0: 128, 30: 256}: windows
             are cut into pieces of that length, so that the tokens of an update stay the same.
 
@@ -129,13 +127,12 @@ class ScheduleConfig:
     min_lr_ratio: float = 0.1
     decay_ratio: float = 0.3
     follow: Literal["steps", "clock"] = "steps"
-    average_ratio: float = 0.0
     context_lengths: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
-        for name in ("min_lr_ratio", "decay_ratio", "average_ratio"):
+        for name in ("min_lr_ratio", "decay_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
         for percent, length in self.context_lengths.items():
@@ -223,7 +220,6 @@ class LanguageModel(LightningModule):
         grad_norm: norm of all gradients before clipping at the last update.
         nonfinite: True on the device once a loss or gradient norm was NaN or infinite.
         clock_progress: share of the time that has gone by, kept by `RunControl`; None without a cap.
-        averaged: the mean of the weights since averaging began, by name; empty before.
     """
 
     model: TransformerLM
@@ -237,7 +233,6 @@ class LanguageModel(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         schedule: ScheduleConfig = ScheduleConfig(),
         compile: bool | CompileMode | None = None,
-        z_loss: float = 0.0,
     ) -> None:
         """Set the recipe; the weights come with `configure_model`.
 
@@ -248,21 +243,15 @@ class LanguageModel(LightningModule):
             compile: torch.compile the forward pass and the loss, and on CUDA the update; default, on CUDA alone.
                 Checkpoints are the same either way. A mode of torch.compile's may be named: reduce-overhead replays
                 CUDA graphs, max-autotune tries out many kernels for minutes.
-            z_loss: weight of the mean of (log sum exp of the logits)^2 in what is minimised, and so in train/loss;
-                val/loss is without it.
         """
         super().__init__()
         self.transformer = transformer
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.compile_loss = compile
-        self.z_loss = z_loss
         self.loss: Callable[..., Tensor] = self.compute_loss
         self.clock_progress: float | None = None
         self.validation_result: dict[str, float] = {}
-        self.averaged: dict[str, Tensor] = {}
-        self.num_averaged = 0
-        self.last_weights: dict[str, Tensor] = {}  # while the mean stands in their place
         for length in schedule.context_lengths.values():
             if transformer.context_length % length:
                 raise ValueError(
@@ -289,11 +278,6 @@ class LanguageModel(LightningModule):
         reset_seed()  # whatever preparing the data has drawn from the generators
         self.model = TransformerLM(self.transformer)
         if self.device_mesh is not None:
-            if self.schedule.average_ratio:
-                raise ValueError(
-                    f"average_ratio={self.schedule.average_ratio} needs whole weights, and FSDP cuts them: "
-                    "use trainer.strategy=ddp"
-                )
             shard(self.model, self.device_mesh["data_parallel"])
         compile_loss = self.compile_loss
         if compile_loss is None:
@@ -307,9 +291,9 @@ class LanguageModel(LightningModule):
         """Logits of the token after each position."""
         return self.model(token_ids)
 
-    def compute_loss(self, inputs: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-        """Mean cross-entropy in nats per token, without a place for all logits; and the term that z_loss weighs."""
-        return self.model(inputs, targets=targets, z_loss=z_loss)
+    def compute_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per token, without a place for all logits."""
+        return self.model(inputs, targets=targets)
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -337,7 +321,7 @@ class LanguageModel(LightningModule):
         done = self.trainer.global_step
         if length := self.schedule.context_length(done / self.num_steps(done)):
             inputs, targets = inputs.view(-1, length), targets.view(-1, length)
-        loss = self.loss(inputs, targets, self.z_loss)
+        loss = self.loss(inputs, targets)
         self.step_loss += loss.detach() / self.trainer.accumulate_grad_batches
         return loss
 
@@ -362,9 +346,6 @@ class LanguageModel(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Lightning's call once per update."""
         scheduler.step()
-        begin = (1 - self.schedule.average_ratio) * self.num_steps(scheduler.num_updates)
-        if self.averaged or scheduler.num_updates > begin:
-            self.average_weights()
 
     def num_steps(self, step: int) -> float:
         """Updates in the whole run. By the clock, that is estimated anew at each step; `step` of them are done."""
@@ -377,28 +358,7 @@ class LanguageModel(LightningModule):
         """The rate of update `step`, counted from 1."""
         return self.schedule.rate(step, self.num_steps(step), self.optimizer_config.lr)
 
-    @torch.no_grad()
-    def average_weights(self) -> None:
-        """Take the present weights into their mean, which is kept in float32."""
-        weights = {name: parameter.float() for name, parameter in self.model.named_parameters()}
-        self.averaged = self.averaged or {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        self.num_averaged += 1
-        torch._foreach_lerp_(list(self.averaged.values()), list(weights.values()), 1 / self.num_averaged)
-
     # ------------------------------------------------------------------------------------------------- validation
-
-    def on_validation_start(self) -> None:
-        """Put the mean of the weights in the place of the last ones, if there is one."""
-        for name, mean in self.averaged.items():
-            parameter = self.model.get_parameter(name)
-            self.last_weights[name] = parameter.data
-            parameter.data = mean.to(parameter.dtype)
-
-    def on_validation_end(self) -> None:
-        """Put the last weights back; the samples are written by now."""
-        for name, weight in self.last_weights.items():
-            self.model.get_parameter(name).data = weight
-        self.last_weights = {}
 
     def on_validation_epoch_start(self) -> None:
         """Sums anew; made here and not in `__init__`, so that no precision plugin turns them into bfloat16."""
@@ -434,8 +394,6 @@ class LanguageModel(LightningModule):
         """Store the model's configuration as plain values: equal shapes do not make equal models (norm pre, post)."""
         checkpoint["transformer"] = asdict(self.transformer)
         checkpoint["matrices"] = self.optimizer_config.matrices
-        if self.averaged:
-            checkpoint["averaged"], checkpoint["num_averaged"] = self.averaged, self.num_averaged
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another model and, to go on training, the state of another optimizer.
@@ -447,8 +405,7 @@ class LanguageModel(LightningModule):
         """
         if "transformer" not in checkpoint:
             raise ValueError("the checkpoint has no model configuration: it was not written by `python -m lm fit`")
-        defaults = {setting.name: setting.default for setting in fields(TransformerConfig)}
-        saved, current = defaults | checkpoint["transformer"], asdict(self.transformer)
+        saved, current = asdict(TransformerConfig.from_saved(checkpoint["transformer"])), asdict(self.transformer)
         if self.trainer.training:
             saved["matrices"], current["matrices"] = checkpoint.get("matrices", "adamw"), self.optimizer_config.matrices
         changed = [
@@ -458,8 +415,8 @@ class LanguageModel(LightningModule):
         ]
         if changed:
             raise ValueError("the checkpoint is of another model: " + "; ".join(changed))
-        self.averaged = {name: mean.to(self.device) for name, mean in checkpoint.get("averaged", {}).items()}
-        self.num_averaged = checkpoint.get("num_averaged", 0)
+        if "averaged" in checkpoint:
+            raise ValueError(f"the checkpoint is of a run that averaged its weights, {NO_MORE}")
 
 
 # What may change between a checkpoint and its use: the weights mean the same.

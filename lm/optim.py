@@ -6,7 +6,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import torch.distributed as dist
@@ -288,17 +288,13 @@ class Muon(AdamW):
     as long as AdamW's usual one, so that both take about the same learning rate and weight decay (Liu et al. 2025,
     "Muon is scalable for LLM training", section 2.2).
 
-    "normuon" divides each row of U V^T, which is what one neuron learns, by the root of a running mean of its squares
-    before that (Li et al. 2025, "NorMuon", algorithm 1): no neuron is left behind.
-
     With several processes each orthogonalises its share of the matrices, and all get the results; gradients and state
-    are the same everywhere, as under DDP. The state of a matrix is `step`, `m` and, for normuon, `v` (rows, 1).
+    are the same everywhere, as under DDP. The state of a matrix is `step` and `m`.
 
     Args:
         params: as AdamW's.
         matrices: those of the parameters that are matrices in the sense of linear algebra: no embeddings, no gains.
-        variant: "muon" or "normuon".
-        momentum: decay rate of the matrices' first moment; that of normuon's second moment is betas[1].
+        momentum: decay rate of the matrices' first moment.
         options: as AdamW's.
 
     Raises:
@@ -309,18 +305,17 @@ class Muon(AdamW):
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         matrices: Iterable[Tensor],
-        variant: Literal["muon", "normuon"] = "muon",
         momentum: float = 0.95,
         **options: Any,
     ) -> None:
         super().__init__(params, **options)
         self.matrices = set(matrices)
-        self.variant, self.momentum = variant, momentum
+        self.momentum = momentum
         for matrix in self.matrices:
             if matrix.ndim != 2:
                 raise ValueError(f"a parameter of shape {tuple(matrix.shape)} is no matrix: leave it to AdamW")
             if local_part(matrix) is not matrix:
-                raise ValueError(f"{variant} needs whole matrices, and FSDP cuts them: use trainer.strategy=ddp")
+                raise ValueError("muon needs whole matrices, and FSDP cuts them: use trainer.strategy=ddp")
 
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update these parameters of a group; all have a gradient."""
@@ -338,24 +333,12 @@ class Muon(AdamW):
         for param, state in zip(params, states, strict=True):
             if not state:
                 state.update(step=0, m=torch.zeros_like(param))
-                if self.variant == "normuon":
-                    state["v"] = torch.zeros_like(param[:, :1])
             state["step"] += 1
         momenta = [state["m"] for state in states]
         gradients = [gradient_of(param) for param in params]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         directions = orthogonalise_together(torch.stack(torch._foreach_lerp(gradients, momenta, self.momentum)))
-        rows, columns = params[0].shape
-        if self.variant == "muon":
-            directions *= 0.2 * math.sqrt(max(rows, columns))
-        else:
-            beta2 = group["betas"][1]
-            squares = torch.stack([state["v"] for state in states])
-            squares.lerp_(directions.square().mean(-1, keepdim=True).to(squares.dtype), 1 - beta2)
-            torch._foreach_copy_([state["v"] for state in states], list(squares))
-            directions /= squares.sqrt() + group["eps"]
-            norms = torch.linalg.vector_norm(directions, dim=(-2, -1), keepdim=True)
-            directions *= 0.2 * math.sqrt(rows * columns) / (norms + group["eps"])
+        directions *= 0.2 * math.sqrt(max(params[0].shape))
         rates = [group["lr"] * self.rates.get(param, 1.0) for param in params]
         torch._foreach_mul_(params, [1 - rate * group["weight_decay"] for rate in rates])
         steps = list(directions)

@@ -160,6 +160,7 @@ class Server(ThreadingHTTPServer):
         model: writes the texts.
         tokenizer: the model's.
         info: what `lm.generate.load` says of the model.
+        compile: use torch.compile for each further token.
 
     Raises:
         OSError: the address cannot be had.
@@ -167,8 +168,16 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, host: str, port: int, model: TransformerLM, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        model: TransformerLM,
+        tokenizer: Tokenizer,
+        info: dict[str, Any],
+        compile: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.compile = model, tokenizer, compile
         run = Path(info["path"]).resolve().parent.parent
         self.facts = {
             "name": f"{run.parent.name}/{run.name}",
@@ -208,6 +217,7 @@ class Server(ThreadingHTTPServer):
             sampling,
             forced_ids=request.forced_ids,
             num_alternatives=NUM_ALTERNATIVES,
+            compile=self.compile,
         )
 
         def events() -> Iterator[dict[str, Any]]:
@@ -386,6 +396,7 @@ def run(
     port: int = 8000,
     device: str = "auto",
     tokenizer: Path | None = None,
+    compile: bool = False,
     logs: Path = Path("logs"),
 ) -> None:
     """Serve a page on this machine where a trained model writes; Ctrl-C ends it.
@@ -396,6 +407,7 @@ def run(
         port: where; 0 takes a free one.
         device: cpu, cuda, mps, ...; auto takes a GPU where there is one.
         tokenizer: its directory; default, the copy in the run directory.
+        compile: use torch.compile for each further token: the first one takes the better part of a minute.
         logs: where the runs are.
 
     Raises:
@@ -405,7 +417,7 @@ def run(
         raise ValueError(f"port={port} must be in [0, 65535]: 0 takes a free one")
     model, loaded, info = load(ckpt, logs, tokenizer, device)
     try:
-        server = Server(host, port, model, loaded, info)
+        server = Server(host, port, model, loaded, info, compile)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ValueError(f"port={port} is in use: choose another, or --port 0 for a free one") from None

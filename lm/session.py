@@ -1,4 +1,4 @@
-"""`python -m lm generate`: one prompt, or a session in the terminal."""
+"""`python -m lm generate`: a prompt, a file of them, or a session in the terminal."""
 
 import contextlib
 import random
@@ -13,6 +13,7 @@ from tokenizer import Tokenizer
 
 def run(
     prompt: str | None = None,
+    prompts: Path | None = None,
     ckpt: Path | None = None,
     tokenizer: Path | None = None,
     max_new_tokens: int = 256,
@@ -24,6 +25,7 @@ def run(
     num_samples: int = 1,
     interactive: bool = False,
     log_probabilities: bool = False,
+    compile: bool = False,
     device: str = "auto",
     logs: Path = Path("logs"),
 ) -> None:
@@ -32,6 +34,7 @@ def run(
     Args:
         prompt: the text to continue; left out, it is read from stdin where that is a pipe, and else empty. An empty
             prompt starts a new document.
+        prompts: a file with one prompt a line, all continued together as one batch.
         ckpt: a checkpoint file or a run directory; default, the newest run. Of a run, the best checkpoint.
         tokenizer: its directory; default, the copy in the run directory.
         max_new_tokens: length of each sample, unless it ends itself with <|endoftext|>.
@@ -43,33 +46,44 @@ def run(
         num_samples: several continuations, decoded together; sample i is that of seed + i.
         interactive: a session in the terminal; /help there says what it knows.
         log_probabilities: list each token with the natural logarithm of its probability instead of the text.
+        compile: use torch.compile for each further token: some seconds at first, for long or many texts.
         device: cpu, cuda, mps, ...; auto takes a GPU where there is one.
         logs: where the runs are.
     """
     seed = random.randrange(2**31) if seed is None else seed
     sampling = Sampling(temperature, top_k, top_p, min_p, max_new_tokens, seed)
+    if prompts is not None and (interactive or prompt is not None):
+        raise ValueError("--prompts goes with no other prompt: leave that out, and --interactive")
     model, loaded, info = load(ckpt, logs, tokenizer, device)
     if interactive:
-        Session(model, loaded, sampling, describe(model, info)).run()
+        Session(model, loaded, sampling, describe(model, info), compile).run()
         return
-    if prompt is None:
-        prompt = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
-    steps = Timed(sample_texts(model, loaded, prompt, sampling, num_samples))
-    if num_samples == 1 and not log_probabilities:
-        print(prompt, end="", flush=True)
+    if prompts is not None:
+        texts = prompts.read_text(encoding="utf-8").splitlines()
+        if not texts:
+            raise ValueError(f"{prompts} is empty: write one prompt a line")
+    elif prompt is None:
+        texts = ["" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")]
+    else:
+        texts = [prompt]
+    steps = Timed(sample_texts(model, loaded, texts, sampling, num_samples, compile))
+    if len(texts) == num_samples == 1 and not log_probabilities:
+        print(texts[0], end="", flush=True)
         for piece in decode_steps(loaded, steps):
             print(piece, end="", flush=True)
         print()
     else:
         *_, samples = steps
-        for i, sample in enumerate(samples):
-            if num_samples > 1:
-                print(f"{'' if i == 0 else chr(10)}--- sample {i + 1} (seed {seed + i})")
+        for row, sample in enumerate(samples):
+            i, text = row % num_samples, texts[row // num_samples]
+            if len(samples) > 1:
+                whose = f"prompt {row // num_samples + 1}, " if len(texts) > 1 else ""
+                print(f"{'' if row == 0 else chr(10)}--- {whose}sample {i + 1} (seed {seed + i})")
             if log_probabilities:
                 for token_id, log_probability in zip(sample.token_ids, sample.log_probabilities, strict=True):
                     print(f"{token_id}\t{log_probability:.6f}\t{loaded.decode([token_id])!r}")
             else:
-                print(prompt + loaded.decode(sample.token_ids))
+                print(text + loaded.decode(sample.token_ids))
     print(f"{steps}, seed {seed}", file=sys.stderr)
 
 
@@ -94,10 +108,13 @@ class Session:
         tokenizer: the model's.
         sampling: to begin with.
         title: said at the beginning.
+        compile: use torch.compile.
     """
 
-    def __init__(self, model: TransformerLM, tokenizer: Tokenizer, sampling: Sampling, title: str = "") -> None:
-        self.model, self.tokenizer, self.sampling, self.title = model, tokenizer, sampling, title
+    def __init__(
+        self, model: TransformerLM, tokenizer: Tokenizer, sampling: Sampling, title: str = "", compile: bool = False
+    ) -> None:
+        self.model, self.tokenizer, self.sampling, self.title, self.compile = model, tokenizer, sampling, title, compile
         self.prompt = self.text = ""  # the last prompt, and with its continuation
 
     def run(self) -> None:
@@ -162,7 +179,7 @@ class Session:
 
     def write(self, prompt: str) -> None:
         """Print a prompt and its continuation as it comes, then the speed."""
-        steps = Timed(sample_texts(self.model, self.tokenizer, prompt, self.sampling))
+        steps = Timed(sample_texts(self.model, self.tokenizer, [prompt], self.sampling, compile=self.compile))
         self.prompt = self.text = prompt
         try:
             print(prompt, end="", flush=True)

@@ -16,8 +16,8 @@ from lm.report import Run
 RUN = Path("logs/toy/version_0")
 OPTIONS = [
     "--model.transformer.qk_norm=true",
-    "--model.transformer.logit_softcap=15",
-    "--model.optimizer.matrices=normuon",
+    "--model.transformer.value_embeddings=true",
+    "--model.optimizer.matrices=muon",
     "--model.schedule.context_lengths={0: 8}",
 ]
 
@@ -49,7 +49,7 @@ def test_the_figures_are_those_of_the_run(handed_in: Path) -> None:
     ]
     assert all(float(row["wall_seconds"]) > 0 for row in curve)
     config = yaml.safe_load((handed_in / "config.yaml").read_text())
-    assert config["model"]["optimizer"]["matrices"] == "normuon"
+    assert config["model"]["optimizer"]["matrices"] == "muon"
     assert json.loads((handed_in / "environment.json").read_text())["torch"]
 
 
@@ -62,7 +62,7 @@ def test_the_page_says_what_it_is_and_what_it_is_not(handed_in: Path) -> None:
         assert reason in page
     recipe = page.split("## Recipe")[1].split("## Samples")[0]
     assert recipe.count("\n- ") == 5, "the four options, and the tied head of the built-in base"
-    assert "c = 15" in recipe
+    assert "8} (percentage of the run: tokens)" in recipe
     samples = page.split("## Samples")[1]
     assert samples.count("**model**") == samples.count("**text goes on**") == 4
     assert "cat" in samples

@@ -198,17 +198,6 @@ def test_an_update_sees_the_same_windows_with_any_number_of_ranks_and_accumulati
             assert update(step, world_size, accumulate) == alone
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_growing_batch_walks_on_through_the_same_windows(tmp_path: Path, world_size: int) -> None:
-    tokens = TokenFile(save(tmp_path / "t.npy", np.arange(5000)))
-    order = WindowOrder(len(tokens), 16, 5)
-    ranks = [TrainingBatches(tokens, order, 2, r, world_size, True, {5: 3, 2: 1}) for r in range(world_size)]
-    sizes = [len(ranks[0][t]) for t in range(7)]
-    assert sizes == [2, 2, 1, 1, 1, 3, 3]
-    walked = [start for t in range(7) for rank in ranks for start in rank[t].tolist()]
-    assert walked == order.starts(0, sum(sizes) * world_size).tolist()
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 def test_workers_that_read_ahead_change_nothing(tmp_path: Path) -> None:
     tokens = TokenFile(save(tmp_path / "t.npy", np.arange(5000)))
@@ -531,3 +520,15 @@ def test_a_checkpoint_of_other_data_is_refused_with_the_difference(dataset: Path
     assert {"text": "train_tokens", "tokenizer": "abc, now def"}.get(change, change) in str(raised.value)
     after.changed_data = "accept"
     after.load_state_dict(saved)
+
+
+def test_a_checkpoint_whose_batch_grew_is_refused_and_one_that_knows_its_tokenizer_alone_is_not(dataset: Path) -> None:
+    data = TokenDataModule(directory=str(dataset), context_length=16)
+    data.setup("fit")
+    data.trainer = SimpleNamespace(training=True, global_rank=0, world_size=1)  # type: ignore[assignment]
+    data.load_state_dict(data.state_dict() | {"batch_schedule": {}})
+    with pytest.raises(ValueError, match=r"batch_schedule: checkpoint \{9: 64\}, now there is none"):
+        data.load_state_dict(data.state_dict() | {"batch_schedule": {9: 64}})
+    data.load_state_dict({"tokenizer_sha256": data.meta["tokenizer_sha256"]})  # of an imported model
+    with pytest.raises(ValueError, match="trained on other data: tokenizer_sha256: checkpoint another"):
+        data.load_state_dict({"tokenizer_sha256": "another"})

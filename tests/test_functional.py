@@ -17,7 +17,6 @@ from lm.functional import (
     rms_norm,
     scaled_dot_product_attention,
     silu,
-    soft_cap,
     softmax,
     squared_relu,
 )
@@ -170,27 +169,6 @@ def test_linear_cross_entropy_equals_cross_entropy_of_the_logits(batch, held, mo
     torch.testing.assert_close(gradients(3 * ours, hidden, weight), gradients(3 * theirs, hidden, weight))
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), ours)
-
-
-@pytest.mark.parametrize(("softcap", "z_loss"), [(2.0, 0.0), (None, 0.1), (2.0, 0.1)])
-@pytest.mark.parametrize("batch", [(), (2, 70)])
-def test_linear_cross_entropy_with_a_soft_cap_and_a_z_loss(batch, softcap, z_loss):
-    hidden, weight = torch.randn(*batch, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
-    targets = torch.randint(20, batch)
-    ours = linear_cross_entropy(hidden, weight, targets, softcap, z_loss)
-    logits = (hidden @ weight.T).reshape(-1, 20)
-    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    theirs = F.cross_entropy(capped, targets.reshape(-1)) + z_loss * capped.logsumexp(-1).square().mean()
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(gradients(3 * ours, hidden, weight), gradients(3 * theirs, hidden, weight))
-    with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, softcap, z_loss), ours)
-
-
-def test_a_soft_cap_of_none_is_no_cap():
-    x = torch.tensor([-1e6, -0.01, 0.0, 0.01, 1e6])
-    assert soft_cap(x, None) is x
-    torch.testing.assert_close(soft_cap(x, 3.0), torch.tensor([-3.0, -0.01, 0.0, 0.01, 3.0]), rtol=1e-4, atol=1e-5)
 
 
 def test_squared_relu_and_its_gradient():

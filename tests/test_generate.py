@@ -7,8 +7,10 @@ import os
 import pty
 import re
 import select
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,17 @@ from hypothesis import strategies as st
 
 from lm import session as command
 from lm.checkpoint import AtomicCheckpointIO
-from lm.generate import Decoder, Sampling, encode_prompt, end_of_text_id, generate, sample_tokens, stream, window_start
+from lm.generate import (
+    Decoder,
+    Sampling,
+    encode_prompt,
+    end_of_text_id,
+    generate,
+    sample_batch,
+    sample_tokens,
+    stream,
+    window_start,
+)
 from lm.model import TransformerConfig, TransformerLM
 from tokenizer import Tokenizer
 
@@ -44,7 +56,7 @@ def test_window_ends_with_the_text_and_is_nearly_full(num_tokens: int, context_l
     assert window_start(num_tokens + 1, context_length) >= start
 
 
-MODERN = {"qk_norm": True, "gated_attention": True, "value_embeddings": True, "unet_skips": True, "logit_softcap": 3.0}
+MODERN = {"qk_norm": True, "gated_attention": True, "value_embeddings": True, "unet_skips": True}
 
 
 @pytest.mark.parametrize("variant", [{}, {"position": "none"}, {"norm": "post", "head": "tied"}, MODERN], ids=str)
@@ -58,6 +70,45 @@ def test_cached_logits_equal_recomputation_beyond_the_context_too(prompt_length:
         with torch.no_grad():
             expected = model(visible)[:, -1]
         torch.testing.assert_close(decoder.next_logits(text[:, :end]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", [{}, MODERN | {"attention": "fused"}], ids=["default", "modern"])
+def test_prompts_of_different_lengths_each_continue_as_alone(variant: dict) -> None:
+    """Some within the context, some beyond: their windows move on at different steps."""
+    model = make_model(**variant)
+    prompts = [[5], [10] * 10, list(range(11, 31))]
+    sampling = Sampling(max_new_tokens=8, seed=3)
+    *_, together = sample_batch(model, prompts, sampling, num_samples=2)
+    alone = []
+    for prompt in prompts:
+        *_, samples = sample_tokens(model, prompt, sampling, num_samples=2)
+        alone += samples
+    for one, other in zip(together, alone, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.log_probabilities == pytest.approx(other.log_probabilities, abs=1e-4)
+
+
+def compare_compiled_with_eager(_: int) -> None:
+    model = make_model()
+    prompts = [[5], [6, 7, 8, 9], list(range(11, 31))]
+    found = []
+    for compile in (False, True):
+        *_, samples = sample_batch(model, prompts, Sampling(max_new_tokens=30, seed=3), compile=compile)
+        found.append(samples)
+    for eager, compiled in zip(*found, strict=True):
+        assert eager.token_ids == compiled.token_ids
+        torch.testing.assert_close(*(torch.tensor(sample.log_probabilities) for sample in (eager, compiled)))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1, f"{graphs} graphs: a shape depends on the length of the text"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_compiled_step_gives_the_same_texts() -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on CPU")
+    # in a process of its own: the compiler cannot read through the type checks of the test run
+    torch.multiprocessing.spawn(compare_compiled_with_eager)
 
 
 # ----------------------------------------------------------------------------------------------------- the sampling
@@ -207,6 +258,8 @@ def test_prompt_that_cannot_be() -> None:
         sample_tokens(make_model(), [1], forced_ids=[-1])
     with pytest.raises(ValueError, match="num_samples=0 must be at least 1"):
         sample_tokens(make_model(), [1], num_samples=0)
+    with pytest.raises(ValueError, match="prompts is empty"):
+        sample_batch(make_model(), [])
 
 
 # --------------------------------------------------------------------------------------------------------- the text
@@ -259,7 +312,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_command_prints_prompt_and_continuation(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.run("ab", checkpoint, max_new_tokens=20, temperature=1.0, top_p=1.0, seed=3)
+    command.run("ab", ckpt=checkpoint, max_new_tokens=20, temperature=1.0, top_p=1.0, seed=3)
     out, err = capsys.readouterr()
     assert out == "ab" + generate(make_model(), BYTES, "ab", Sampling(max_new_tokens=20, seed=3))[0] + "\n"
     assert re.search(r"tokens/s\), seed 3$", err.strip())
@@ -274,12 +327,30 @@ def test_command_reads_a_pipe(
 
 
 def test_command_lists_samples_and_log_probabilities(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.run("a", checkpoint, max_new_tokens=4, seed=1, num_samples=2, log_probabilities=True)
+    command.run("a", ckpt=checkpoint, max_new_tokens=4, seed=1, num_samples=2, log_probabilities=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "sample" in line] == ["--- sample 1 (seed 1)", "--- sample 2 (seed 2)"]
     tokens = [line.split("\t") for line in lines if "\t" in line]
     assert tokens
     assert all(float(log_probability) < 0 for _, log_probability, _ in tokens)
+
+
+def test_command_continues_a_file_of_prompts(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["ab", "", "a longer one"]
+    (tmp_path / "prompts.txt").write_text("".join(f"{line}\n" for line in lines))
+    settings: dict[str, Any] = {"max_new_tokens": 9, "temperature": 1.0, "top_p": 1.0, "seed": 3}
+    command.run(prompts=tmp_path / "prompts.txt", ckpt=checkpoint, **settings)
+    out = capsys.readouterr().out
+    for i, line in enumerate(lines):
+        [text] = generate(make_model(), BYTES, line, Sampling(max_new_tokens=9, seed=3))
+        assert f"--- prompt {i + 1}, sample 1 (seed 3)\n{line}{text}\n" in out
+    with pytest.raises(ValueError, match="--prompts goes with no other prompt"):
+        command.run("ab", tmp_path / "prompts.txt", checkpoint)
+    (tmp_path / "prompts.txt").write_text("")
+    with pytest.raises(ValueError, match="is empty: write one prompt a line"):
+        command.run(prompts=tmp_path / "prompts.txt", ckpt=checkpoint)
 
 
 def session(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, *lines: str) -> None:
@@ -383,10 +454,10 @@ def test_command_without_a_run_or_a_tokenizer(checkpoint: Path, tmp_path: Path) 
     with pytest.raises(FileNotFoundError, match="python -m lm fit"):
         command.run("a", logs=tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="--tokenizer"):
-        command.run("a", checkpoint.rename(tmp_path / "moved.ckpt"))
+        command.run("a", ckpt=checkpoint.rename(tmp_path / "moved.ckpt"))
     with pytest.raises(ValueError, match="device=abacus"):
-        command.run("a", tmp_path / "moved.ckpt", device="abacus")
+        command.run("a", ckpt=tmp_path / "moved.ckpt", device="abacus")
     larger = Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"ab", 257: b"abc"}, [(b"a", b"b"), (b"ab", b"c")])
     larger.save(tmp_path / "larger")
     with pytest.raises(ValueError, match=r"vocab_size=258.*257.*another tokenizer"):
-        command.run("a", tmp_path / "moved.ckpt", tokenizer=tmp_path / "larger")
+        command.run("a", ckpt=tmp_path / "moved.ckpt", tokenizer=tmp_path / "larger")

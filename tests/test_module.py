@@ -1,5 +1,6 @@
 """The training recipe: schedule, loss, optimizer and validation, as the Trainer runs them."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,7 +80,6 @@ def test_a_resumed_schedule_is_the_one_given_now() -> None:
         (lambda: OptimizerConfig(weight_decay=-0.1), "weight_decay=-0.1 must not be negative"),
         (lambda: ScheduleConfig(warmup_steps=-1), "warmup_steps=-1 must not be negative"),
         (lambda: ScheduleConfig(min_lr_ratio=1.5), "min_lr_ratio=1.5 must be in"),
-        (lambda: ScheduleConfig(average_ratio=-0.5), "average_ratio=-0.5 must be in"),
         (lambda: ScheduleConfig(context_lengths={100: 8}), "must give lengths for percentages"),
     ],
 )
@@ -87,7 +88,7 @@ def test_settings_out_of_range_are_refused(make: Callable[[], Any], message: str
         make()
 
 
-@pytest.mark.parametrize("matrices", ["adamw", "normuon"])
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
 def test_every_part_of_the_model_has_its_own_rate(matrices: Any) -> None:
     config = TransformerConfig(40, 12, 3, 2, 16, 32, qk_norm=True, value_embeddings=True, unet_skips=True)
     model = TransformerLM(config)
@@ -99,7 +100,7 @@ def test_every_part_of_the_model_has_its_own_rate(matrices: Any) -> None:
     assert names["lm_head.weight"] == 2
     assert names["layers.1.attn.q_norm.weight"] == names["skips"] == names["ln_final.weight"] == 1
     assert len(optimizer.param_groups) == 1
-    if matrices == "normuon":
+    if matrices == "muon":
         assert isinstance(optimizer, Muon)
         assert len(optimizer.matrices) == 3 * 7
         assert all(optimizer.rates[matrix] == pytest.approx(4) for matrix in optimizer.matrices)
@@ -124,10 +125,8 @@ def test_the_mean_over_batches_of_different_sizes_is_that_over_tokens() -> None:
     assert metric.compute().dtype == torch.float64
 
 
-@pytest.mark.parametrize("argument", ["--data.val_batch_size=3", "--model.schedule.average_ratio=0.5"])
-def test_the_validation_loss_is_that_of_torch_over_every_target(fit: Fit, dataset: Path, argument: str) -> None:
-    """With the weights that `load_model` gives: the mean, where the run averages."""
-    assert fit(argument) == 0
+def test_the_validation_loss_is_that_of_torch_over_every_target(fit: Fit, dataset: Path) -> None:
+    assert fit("--data.val_batch_size=3") == 0
     model, _ = load_model(max(RUN.glob("checkpoints/*.ckpt")))
     tokens = torch.from_numpy(open_split(dataset, "valid")[:].astype("int64"))
     nats, context = 0.0, 16
@@ -149,8 +148,8 @@ def test_the_validation_loss_is_that_of_torch_over_every_target(fit: Fit, datase
 @pytest.mark.parametrize("staged", [False, True], ids=["plain", "staged"])
 def test_the_trainer_takes_the_steps_of_a_plain_loop(fit: Fit, dataset: Path, staged: bool) -> None:
     """The same windows, clipping, rate and AdamW (torch's) in ten lines give the same losses."""
-    stages = ["--model.schedule.context_lengths={0: 4, 50: 8}", "--data.batch_schedule={3: 6, 7: 2}"]
-    assert fit("--trainer.gradient_clip_val=0.5", "--seed_everything=3", *(stages if staged else [])) == 0
+    stages = ["--model.schedule.context_lengths={0: 4, 50: 8}"] if staged else []
+    assert fit("--trainer.gradient_clip_val=0.5", "--seed_everything=3", *stages) == 0
     torch.manual_seed(3)
     config = TransformerConfig(
         vocab_size=257, context_length=16, num_layers=1, num_heads=2, d_model=16, d_ff=32, head="tied"
@@ -161,10 +160,10 @@ def test_the_trainer_takes_the_steps_of_a_plain_loop(fit: Fit, dataset: Path, st
     order = WindowOrder(len(tokens), 16, seed=3)
     logged = [row for row in rows(RUN) if "train/loss" in row]
     assert len(logged) == 8
-    sizes, lengths = ([4, 4, 4, 6, 6, 6, 6, 2], [4] * 4 + [8] * 4) if staged else ([4] * 8, [16] * 8)
+    lengths = [4] * 4 + [8] * 4 if staged else [16] * 8
     for step, row in enumerate(logged, start=1):
-        starts = order.starts(sum(sizes[: step - 1]), sizes[step - 1])
-        inputs, targets = (x.view(-1, lengths[step - 1]) for x in get_batch(tokens, len(starts), 16, "cpu", starts))
+        starts = order.starts(4 * (step - 1), 4)
+        inputs, targets = (x.view(-1, lengths[step - 1]) for x in get_batch(tokens, 4, 16, "cpu", starts))
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -174,25 +173,13 @@ def test_the_trainer_takes_the_steps_of_a_plain_loop(fit: Fit, dataset: Path, st
         assert row["train/loss"] == pytest.approx(loss.item(), abs=1e-4)
         assert row["grad_norm"] == pytest.approx(norm.item(), abs=1e-3)
         assert row["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
-        assert row["tokens_seen"] == 16 * sum(sizes[:step])
-
-
-def test_the_mean_is_that_of_the_weights_after_each_update_of_the_tail(fit: Fit) -> None:
-    every = ["--run.checkpoint_every_n_steps=1", "--run.keep_checkpoints=99"]
-    assert fit("--model.schedule.average_ratio=0.4", *every) == 0
-    saved = [torch.load(path, weights_only=True) for path in sorted(RUN.glob("checkpoints/*.ckpt"))]
-    assert [checkpoint.get("num_averaged", 0) for checkpoint in saved] == [0, 0, 0, 0, 1, 2, 3, 4]
-    for name, mean in saved[-1]["averaged"].items():
-        tail = torch.stack([checkpoint["state_dict"][f"model.{name}"] for checkpoint in saved[4:]])
-        torch.testing.assert_close(mean, tail.mean(0))
-        assert not torch.equal(mean, tail[-1]), "training goes on with the last weights"
+        assert row["tokens_seen"] == 64 * step
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         ("--model.optimizer.matrices=muon", "muon needs whole matrices"),
-        ("--model.schedule.average_ratio=0.1", "average_ratio=0.1 needs whole weights"),
     ],
 )
 def test_what_needs_whole_tensors_is_refused_under_fsdp(
@@ -274,14 +261,27 @@ def test_a_checkpoint_from_before_an_option_goes_on_and_one_of_another_optimizer
     assert fit("--trainer.max_steps=4") == 0
     path = max(RUN.glob("checkpoints/*.ckpt"))
     contents = torch.load(path, weights_only=True)
-    for name in ("init", "qk_norm", "gated_attention", "value_embeddings", "unet_skips", "logit_softcap"):
+    for name in ("init", "qk_norm", "gated_attention", "value_embeddings", "unet_skips"):
         del contents["transformer"][name]
     del contents["matrices"]
+    contents["transformer"]["logit_softcap"] = None  # an option that is no more, off
+    contents["TokenDataModule"]["batch_schedule"] = {}
     torch.save(contents, "old.ckpt")
     tied = "--model.transformer.head=tied"  # as configs/builtin.yaml, which is not below a checkpoint without its run
     assert fit("--ckpt_path=old.ckpt", tied) == 0
     assert [row["step"] for row in rows(RUN.with_name("version_1")) if "lr" in row] == list(range(5, 9))
     assert fit("--ckpt_path=old.ckpt", tied, "--model.optimizer.matrices=muon") == 2
+
+
+def test_a_checkpoint_that_used_an_option_which_is_no_more_is_refused_by_name() -> None:
+    module = LanguageModel(TransformerConfig(vocab_size=257))
+    module._trainer = SimpleNamespace(training=True)  # type: ignore[assignment]
+    saved: dict[str, Any] = {"transformer": dataclasses.asdict(module.transformer)}
+    module.on_load_checkpoint(saved)
+    with pytest.raises(ValueError, match="averaged its weights, a setting that is no more"):
+        module.on_load_checkpoint(saved | {"averaged": {}})
+    with pytest.raises(ValueError, match=r"logit_softcap=15\.0 is a setting that is no more"):
+        module.on_load_checkpoint({"transformer": saved["transformer"] | {"logit_softcap": 15.0}})
 
 
 def test_a_checkpoint_is_plain_and_names_its_model(fit: Fit) -> None:

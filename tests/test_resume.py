@@ -132,14 +132,11 @@ VARIANTS = {
     "epochs": ["--data.windows=epoch", "--data.batch_size=32"],  # an epoch has 217 windows
     "device": ["--data.tokens_on=device"],
     "leaderboard": [
-        "--model.optimizer.matrices=normuon",
+        "--model.optimizer.matrices=muon",
         "--model.optimizer.embedding_lr=0.01",
         "--model.transformer.qk_norm=true",
         "--model.transformer.value_embeddings=true",
-        "--model.z_loss=0.001",
-        "--model.schedule.average_ratio=0.5",
         "--model.schedule.context_lengths={0: 8, 50: 16}",
-        "--data.batch_schedule={2: 6}",
     ],
 }
 

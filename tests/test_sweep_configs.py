@@ -14,7 +14,11 @@ from lm.sweep import PlannedRun, plan
 
 SWEEPS = Path(__file__).parents[1] / "configs" / "sweeps"
 ALL = yaml.safe_load((SWEEPS / "all.yaml").read_text())["include"]
-BOARD = ("leaderboard_rates.yaml", "leaderboard.yaml")  # no study of the course, and hours of a GPU
+BOARD = (
+    "leaderboard_rates.yaml",
+    "leaderboard.yaml",
+    "leaderboard_windows.yaml",
+)  # no study of the course, and hours of a GPU
 SCALES = ("cpu", "gpu")
 STUDIES = [(name, scale) for name in ALL for scale in SCALES]
 
@@ -62,7 +66,7 @@ def test_a_study_opens_with_its_question_and_its_commands(name: str) -> None:
     assert f"#   python -m lm sweep configs/sweeps/{name} --scale " in head
     assert f"#   python -m lm report {sweep['study']}\n" in head + "\n"
     assert sweep["study"] == Path(name).stem
-    assert sweep["seeds"] == ([0] if name == "leaderboard_rates.yaml" else [0, 1, 2])
+    assert sweep["seeds"] == list(range({"leaderboard_rates.yaml": 1, "leaderboard_windows.yaml": 6}.get(name, 3)))
     assert tuple(sweep["scales"]) == SCALES
 
 

@@ -50,7 +50,7 @@ def make_steps(settings: dict[str, Any]) -> list[Callable[[], None]]:
     def step(length: int) -> None:
         optimizer.zero_grad()
         pieces = inputs.view(-1, length), targets.view(-1, length)
-        model(pieces[0], targets=pieces[1], z_loss=settings.get("model.z_loss", 0.0)).backward()
+        model(pieces[0], targets=pieces[1]).backward()
         clip_gradients(model.parameters(), 1.0)
         optimizer.step()
 
