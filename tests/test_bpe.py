@@ -266,6 +266,7 @@ class TestEncodeIterable:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
     @pytest.mark.parametrize("compile_first", [False, True])
+    @pytest.mark.slow
     def test_works_when_the_system_gives_1_mb(self, fixtures: Path, compile_first: bool) -> None:
         """As the course's own suite measures it: one more megabyte of address space than is resident."""
         code = f"""
@@ -540,6 +541,7 @@ class TestConstruction:
         assert len(hashes) == 4
         assert Tokenizer(small.vocab, small.merges, SPECIALS).sha256 == small.sha256
 
+    @pytest.mark.slow
     def test_ids_above_16_bits(self, small: Tokenizer) -> None:
         vocab = {i if i < 100 else i + 70_000: token for i, token in small.vocab.items()}
         tokenizer = Tokenizer(vocab, small.merges, SPECIALS)

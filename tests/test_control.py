@@ -248,6 +248,7 @@ def test_a_run_that_diverges_keeps_its_last_finite_checkpoint(
 # ----------------------------------------------------------------------------------------------------- one at a time
 
 
+@pytest.mark.slow
 def test_two_runs_cannot_share_a_folder(fit: Fit, capfd: pytest.CaptureFixture[str]) -> None:
     from lm.checkpoint import lock_run
 
@@ -271,6 +272,7 @@ def test_what_to_resume_is_said_or_missed(fit: Fit, capfd: pytest.CaptureFixture
     assert not Path("logs/toy/version_1").exists()
 
 
+@pytest.mark.slow
 def test_a_changed_learning_rate_takes_effect_on_resume_and_a_changed_model_is_refused(
     fit: Fit, capfd: pytest.CaptureFixture[str]
 ) -> None:

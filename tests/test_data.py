@@ -135,6 +135,7 @@ def test_random_windows_are_uniform_over_all_starts_and_reach_the_last_one() -> 
     assert chi_square_is_plausible(pairs)
 
 
+@pytest.mark.slow
 @given(
     num_tokens=st.integers(2, 40), context_length=st.integers(1, 39), windows=st.sampled_from(["replacement", "epoch"])
 )

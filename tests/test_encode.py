@@ -422,6 +422,7 @@ for path in (small, large):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from /proc")
+@pytest.mark.slow
 def test_four_times_the_text_takes_no_more_memory(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """The same words in 8 and in 32 MB: the peaks differ by buffers that came to be used, not by the further text."""
     tokenizer.save(tmp_path / "tok")

@@ -234,6 +234,7 @@ def test_commands_there_and_back(tmp_path: Path, small_tokenizer: Tokenizer) -> 
         run_import("hf", here / "hf", tmp_path / "imported")
 
 
+@pytest.mark.slow
 def test_an_imported_model_trains_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its loss in the first step is what the exported model's was in its last validation, and falls."""
     pytest.importorskip("safetensors")

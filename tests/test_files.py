@@ -51,6 +51,7 @@ def test_every_format_round_trips(tokenizer: Tokenizer, folder: Path, tmp_path: 
     assert same(Tokenizer(vocab, merges, tokenizer.special_tokens), tokenizer)
 
 
+@pytest.mark.slow
 def test_gpt2_round_trips_through_tiktokens_format(fixtures: Path, tmp_path: Path) -> None:
     gpt2 = Tokenizer.from_files(fixtures / "gpt2_vocab.json", fixtures / "gpt2_merges.txt", [END])
     assert (gpt2.vocab_size, len(gpt2.merges), gpt2.special_ids) == (50257, 50000, {END: 50256})

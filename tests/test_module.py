@@ -197,6 +197,7 @@ def test_a_context_that_does_not_divide_is_refused() -> None:
         LanguageModel(TransformerConfig(vocab_size=257), schedule=ScheduleConfig(context_lengths={0: 100}))
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_larger_batch(fit: Fit) -> None:
     assert fit("--run.name=one", "--data.batch_size=8") == 0
     assert fit("--run.name=two", "--data.batch_size=4", "--trainer.accumulate_grad_batches=2") == 0
@@ -227,6 +228,7 @@ def test_bfloat16_trains_and_measures_in_float64(fit: Fit, precision: str) -> No
     assert losses[-1] != pytest.approx(torch.tensor(losses[-1]).bfloat16().item(), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_nothing(fit: Fit) -> None:
     assert fit("--run.name=plain") == 0
     assert fit("--run.name=again", "--model.transformer.activation_checkpointing=true") == 0

@@ -54,6 +54,7 @@ def decoded(directory, split):
     return Tokenizer.from_directory(directory / "tokenizer").decode(np.load(directory / f"{split}.npy").tolist())
 
 
+@pytest.mark.slow
 def test_builtin_corpus_from_nothing(data, capsys):
     directory = prepare("builtin", data_dir=data, vocab_size=300)
     assert directory == data / "builtin"

@@ -81,6 +81,7 @@ def test_special_tokens_longest_first_and_without_meaning_to_the_pattern() -> No
 # Counting
 
 
+@pytest.mark.slow
 def test_equals_the_reference_on_real_text(fixtures) -> None:
     for name in ("corpus.en", "german.txt", "tinystories_sample.txt"):
         text = (fixtures / name).read_text("utf-8")

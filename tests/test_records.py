@@ -17,6 +17,7 @@ RECORDS = [ROOT / "logs" / name / "REPORT.md" for name in ("accounting", "learni
 ACCOUNTS = re.findall(r"```console\n\$ python -m lm (account .*)\n((?s:.)*?)```", RECORDS[0].read_text())
 
 
+@pytest.mark.slow
 def test_accounts_are_what_their_commands_print() -> None:
     """All in one process of their own: here the run-time type checks would stand between."""
     script = "import sys; from lm.__main__ import main\nfor line in sys.argv[1:]: print('$', line); main(line.split())"

@@ -61,6 +61,7 @@ def test_report_says_mean_and_standard_deviation(study: Path) -> None:
     assert f"| {statistics.fmean([2.0, 2.2, 2.4]) / 4:.4f} |" in page, "bits per byte"
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_the_same_twice(study: Path) -> None:
     pytest.importorskip("matplotlib")
     report("learning_rate", logs=str(study.parent))

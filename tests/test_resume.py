@@ -167,12 +167,14 @@ def test_a_run_stopped_in_its_validations_does_them_again_from_the_start(runs: R
     assert_equal(runs, "cut", "whole")
 
 
+@pytest.mark.slow
 def test_a_signal_during_a_save_changes_nothing(runs: Runs) -> None:
     assert runs.fit("whole") == 0
     assert go_on(runs, "cut", "--run.checkpoint_every_n_steps=1", stop=after("save", 1)) > 1
     assert_equal(runs, "cut", "whole")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(runs: Runs) -> None:
     for name in ("a", "b"):
         assert runs.fit(name) == 0

@@ -221,6 +221,7 @@ def test_each_piece_comes_when_it_is_written(server: Server, monkeypatch: pytest
     assert json.loads(answer.readline())["num_tokens"] == 3
 
 
+@pytest.mark.slow
 def test_texts_at_the_same_time_are_those_of_texts_alone(server: Server) -> None:
     alone = [token_ids(written(server, prompt="ab", max_new_tokens=40, seed=seed)[0]) for seed in range(4)]
     together: dict[int, list[int]] = {}
@@ -411,6 +412,7 @@ def test_command_warns_when_others_can_reach_it(
     assert ("warning: everyone who can reach" in err) == warns
 
 
+@pytest.mark.slow
 def test_command_serves_until_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
         command("serve", f"--logs={tmp_path}", "--port=0", "--device=cpu"),

@@ -114,6 +114,7 @@ def test_bad_options_are_refused(text: Path) -> None:
         bench.run(parse("--file", text, "--repeats", 0))
 
 
+@pytest.mark.slow
 def test_generated_text_depends_on_nothing_but_its_arguments(text: Path, tmp_path: Path) -> None:
     """The same bytes with 1 and 2 threads; distinct pre-tokens grow with the length where new words are drawn."""
     from tokenizer.pretokenize import count_pretokens

@@ -270,6 +270,7 @@ print(time.process_time())
     assert all(run.stderr == b"" for run in runs)
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_merges(tmp_path: Path) -> None:
     script = """
 import numpy as np
