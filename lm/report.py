@@ -279,10 +279,7 @@ def plot_final_loss(groups: Sequence[Group], setting: str, target: Path) -> list
     """
     pyplot = quiet_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    short = setting.split(".")[-1]
-    lines: dict[str, list[Group]] = {}
-    for group in groups:
-        lines.setdefault(re.sub(rf"-?\b{short}_[^-]*(-\d+)?", "", group.label), []).append(group)
+    lines = lines_over(groups, setting)
     top = 1.02 * highest_shown([loss for group in groups for loss in group.losses])
     for index, label in enumerate(sorted(lines, key=in_numeric_order)):
         members = sorted(lines[label], key=lambda group: group.runs[0].settings[setting])
@@ -302,6 +299,38 @@ def plot_final_loss(groups: Sequence[Group], setting: str, target: Path) -> list
     if any(lines):
         axes.legend(fontsize="small")
     return save(figure, target)
+
+
+def plot_ranking(groups: Sequence[Group], target: Path) -> list[Path]:
+    """Final validation loss of each group by name, best on top: the mean over seeds, its bar the range.
+
+    Args:
+        groups: what to draw, best first; those without a finite loss are left out.
+        target: the pictures' path without an ending.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (`pip install -e '.[plots]'`).
+    """
+    finite = [group for group in groups if group.losses]
+    means = [group.mean_loss for group in finite]
+    below = [group.mean_loss - min(group.losses) for group in finite]
+    above = [max(group.losses) - group.mean_loss for group in finite]
+    figure, axes = quiet_pyplot().subplots(figsize=(8, 1 + 0.2 * len(finite)), layout="constrained")
+    axes.errorbar(means, range(len(finite)), xerr=(below, above), fmt=".", capsize=3)
+    axes.set_yticks(range(len(finite)), [group.label[:40] for group in finite], fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel("final validation loss (nats per token)")
+    axes.grid(alpha=0.3)
+    return save(figure, target)
+
+
+def lines_over(groups: Sequence[Group], setting: str) -> dict[str, list[Group]]:
+    """The groups that differ by nothing but `setting`, under what their names have in common."""
+    short = setting.split(".")[-1]
+    lines: dict[str, list[Group]] = {}
+    for group in groups:
+        lines.setdefault(re.sub(rf"-?\b{short}_[^-]*(-\d+)?", "", group.label), []).append(group)
+    return lines
 
 
 def highest_shown(losses: Sequence[float]) -> float:
@@ -371,7 +400,10 @@ def report(study: str, logs: str = "logs") -> None:
             plot_curves(groups, against, folder / name)
             lines.append(f"![loss against {title}]({name}.png)")
         setting = numeric_setting(groups)
-        if setting:
+        if setting and len(lines_over(groups, setting)) > 10:  # more than there are colours
+            plot_ranking(groups, folder / "final_loss")
+            lines.insert(1, "![final loss of each](final_loss.png)")
+        elif setting:
             plot_final_loss(groups, setting, folder / "final_loss")
             lines.insert(1, f"![final loss against {setting}](final_loss.png)")
     except ModuleNotFoundError:

@@ -49,7 +49,7 @@ STUDIES = sorted(
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
 def test_a_report_is_what_its_run_files_give(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    for plot in ("plot_curves", "plot_final_loss"):
+    for plot in ("plot_curves", "plot_final_loss", "plot_ranking"):
         monkeypatch.setattr(f"lm.report.{plot}", lambda *_: [])
     shutil.copytree(study, tmp_path / study.name)
     (tmp_path / study.name / "REPORT.md").unlink()

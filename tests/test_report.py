@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -76,6 +77,18 @@ def test_a_numeric_setting_gets_a_picture_of_its_own(study: Path) -> None:
     report("learning_rate", logs=str(study.parent))
     assert "![final loss against model.optimizer.lr](final_loss.png)" in (study / "REPORT.md").read_text()
     assert (study / "final_loss.png").is_file()
+
+
+def test_more_variants_than_colours_are_ranked_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    for number in range(12):
+        write_run(tmp_path, f"variant{chr(97 + number)}-seed_0", 0.1 * (1 + number % 4), 0, [3.0 - number / 10])
+    monkeypatch.setattr("lm.report.plot_curves", lambda *_: [])
+    monkeypatch.setattr("lm.report.plot_final_loss", lambda *_: pytest.fail("lines of twelve names"))
+    report(tmp_path.name, logs=str(tmp_path.parent))
+    assert "![final loss of each](final_loss.png)" in (tmp_path / "REPORT.md").read_text()
+    names = re.findall(r"<!-- (variant\w) -->", (tmp_path / "final_loss.svg").read_text())
+    assert names == [f"variant{letter}" for letter in "lkjihgfedcba"]  # best first
 
 
 def test_names_without_a_seed_leave_the_settings_as_the_label(tmp_path: Path) -> None:
