@@ -204,7 +204,7 @@ def sample_batch(
         stop_id: the token that ends a sample; default, none.
         forced_ids: the first tokens of each sample, taken as they are: what is reported of them scores a given text.
         num_alternatives: how many of the most probable tokens are reported with each token.
-        compile: use torch.compile, which takes a minute or two at first on a CPU.
+        compile: use torch.compile, which takes up to a minute at first on a CPU.
 
     Raises:
         ValueError: there is no prompt or an empty one, ids are beyond the vocabulary, or a number is below 1.

@@ -407,7 +407,7 @@ def run(
         port: where; 0 takes a free one.
         device: cpu, cuda, mps, ...; auto takes a GPU where there is one.
         tokenizer: its directory; default, the copy in the run directory.
-        compile: use torch.compile for each further token: the first takes a minute or two on a CPU.
+        compile: use torch.compile for each further token: the first takes up to a minute on a CPU.
         logs: where the runs are.
 
     Raises:

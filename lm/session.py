@@ -46,7 +46,7 @@ def run(
         num_samples: several continuations, decoded together; sample i is that of seed + i.
         interactive: a session in the terminal; /help there says what it knows.
         log_probabilities: list each token with the natural logarithm of its probability instead of the text.
-        compile: use torch.compile for each further token: the first takes a minute or two on a CPU.
+        compile: use torch.compile for each further token: the first takes up to a minute on a CPU.
         device: cpu, cuda, mps, ...; auto takes a GPU where there is one.
         logs: where the runs are.
     """
