@@ -14,9 +14,9 @@ import heapq
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import regex
@@ -31,6 +31,7 @@ STREAM_CHARACTERS = 1 << 12  # what encode_iterable gathers before it encodes
 
 
 PRETOKENS = regex.compile(pretokenize.PATTERN)
+Decoded = TypeVar("Decoded", str, bytes)
 LAST_CUT = regex.compile(r"(?r)(?<=\S)\s")  # the last white space after something else: a pre-token begins there
 
 
@@ -231,7 +232,7 @@ class Tokenizer:
         Raises:
             ValueError: an id is not in the vocabulary; names it.
         """
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+        return self._decode(ids, _utf8_text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of token ids, whether they are UTF-8 or not.
@@ -239,6 +240,10 @@ class Tokenizer:
         Raises:
             ValueError: an id is not in the vocabulary; names it.
         """
+        return self._decode(ids, bytes)
+
+    def _decode(self, ids: Iterable[int], made_of: Callable[[bytes | memoryview], Decoded]) -> Decoded:
+        """`made_of` the bytes of token ids."""
         if not isinstance(ids, list | tuple):
             ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         if self._compiled is None:
@@ -246,11 +251,11 @@ class Tokenizer:
             if self._work_done >= COMPILE_AFTER:
                 self.compile()
         if self._compiled is not None and len(ids) > 64:
-            data = self._compiled.decode(ids)
-            if data is not None:
-                return data
+            decoded = self._compiled.decode(ids, made_of)
+            if decoded is not None:
+                return decoded
         try:
-            return b"".join(map(self.vocab.__getitem__, ids))
+            return made_of(b"".join(map(self.vocab.__getitem__, ids)))
         except KeyError as error:
             self._refuse_id(error.args[0])
 
@@ -392,7 +397,7 @@ class CompiledTokenizer:
         self._ids = np.empty(self.SCRATCH + 3, self._dtype)
         tokens = [tokenizer.vocab.get(token_id, b"") for token_id in range(tokenizer.vocab_size)]
         self._token_bytes = np.frombuffer(b"".join(tokens) + bytes(64), np.uint8)
-        self._token_ends = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+        self._token_ends = np.cumsum([0, *map(len, tokens)], dtype=np.uint32)
         self._has_every_id = len(tokenizer.vocab) == tokenizer.vocab_size
         self._ints = list(range(tokenizer.vocab_size))  # keeps alive what the next line has the addresses of
         self._int_addresses = np.fromiter(map(id, self._ints), np.uint64, len(self._ints))
@@ -403,7 +408,7 @@ class CompiledTokenizer:
         for text in ("a", "\u0100", "\U00010000"):
             self._utf8(text * (self.SHORT + 1))
         self._as_list(self._ids[:0], 0)
-        self.decode([])
+        self.decode([], bytes)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`."""
@@ -438,24 +443,27 @@ class CompiledTokenizer:
         self._lists.fill_list(id(target), self._int_addresses, ids, count)
         return target
 
-    def decode(self, ids: Sequence[int]) -> bytes | None:
-        """The bytes of token ids; None if one of them is no id, or is not quite an int."""
+    def decode(self, ids: Sequence[int], made_of: Callable[[bytes | memoryview], Decoded]) -> Decoded | None:
+        """`made_of` the bytes of token ids; None if one of them is no id, or is not quite an int."""
         if not self._has_every_id:
             return None
+        decode: Callable[[NDArray[np.uint8]], int]
+        tables = self._token_bytes, self._token_ends
         if self._lists.KNOWN and isinstance(ids, list):
-            packed = np.empty(len(ids), np.uint32)
-            size = self._lists.read_list(id(ids), id(int), self._token_ends, packed)
+            decode = functools.partial(self._lists.decode_list, id(ids), id(int), *tables)
         else:
             try:
                 packed = np.frombuffer(array.array("I", ids), np.uint32)
             except (TypeError, OverflowError):
                 return None
-            size = self._kernels.decoded_size(packed, self._token_ends)
-        if size < 0:
-            return None
-        out = np.empty(size + 64, np.uint8)
-        self._kernels.decode_ids(packed, self._token_bytes, self._token_ends, out)
-        return out[:size].tobytes()
+            decode = functools.partial(self._kernels.decode_ids, packed, *tables)
+        with self._lock:
+            out = self._room
+            size = decode(out)
+            while size + 15 > len(out):
+                out = np.empty(size + 15, np.uint8)
+                size = decode(out)
+            return made_of(memoryview(out)[:size]) if size >= 0 else None
 
 
 PADDING_BYTES = bytes(64)
@@ -613,6 +621,11 @@ def _zeroed_words(count: int) -> NDArray[np.uint64]:
     words = room[begin : begin + count]
     words.fill(0)  # unlike np.zeros, takes the memory now
     return words
+
+
+def _utf8_text(data: bytes | memoryview) -> str:
+    """UTF-8 as a string, with U+FFFD for bytes that are none."""
+    return str(data, "utf-8", "replace")
 
 
 def _replace_lone_surrogates(text: str) -> str:

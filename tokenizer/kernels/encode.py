@@ -581,30 +581,39 @@ def encode_text(
     return begin, np.int64(count)
 
 
-@kernel
-def decoded_size(ids: NDArray[np.uint32], token_ends: NDArray[np.int64]) -> np.int64:
-    """Bytes that `ids` stand for; -1 if one of them is no id.
-
-    Args:
-        token_ends: where each token's bytes end, after a leading 0.
-    """
-    size = np.int64(0)
-    for token_id in ids:
-        if token_id >= len(token_ends) - 1:
-            return np.int64(-1)
-        size += token_ends[token_id + 1] - token_ends[token_id]
-    return size
+@inline_kernel
+def decode_id(
+    token_id: Word,
+    token_bytes: NDArray[np.uint8],
+    token_ends: NDArray[np.uint32],
+    out: NDArray[np.uint8],
+    size: Word,
+) -> Word:
+    """Write the bytes of a token to `out[size:]` if they fit; the new size."""
+    begin, end = Word(token_ends[token_id]), Word(token_ends[token_id + ONE])
+    larger = size + end - begin
+    if larger + Word(15) <= Word(len(out)):
+        while begin < end:  # what is copied beyond the token is overwritten by the next
+            copy_16_bytes(out, np.int64(size), token_bytes, np.int64(begin))
+            begin += Word(16)
+            size += Word(16)
+    return larger
 
 
 @kernel
 def decode_ids(
-    ids: NDArray[np.uint32], token_bytes: NDArray[np.uint8], token_ends: NDArray[np.int64], out: NDArray[np.uint8]
-) -> None:
-    """Write the bytes of `ids` to `out`, which has `decoded_size` + 64 entries."""
-    end = np.int64(0)
+    ids: NDArray[np.uint32], token_bytes: NDArray[np.uint8], token_ends: NDArray[np.uint32], out: NDArray[np.uint8]
+) -> np.int64:
+    """Write the bytes of `ids` to `out` as long as they fit; how many they are, or -1 if one of the ids is none.
+
+    Args:
+        token_bytes: of all tokens, and 16 more.
+        token_ends: where each token's bytes end, after a leading 0.
+        out: what a token needs and 15 bytes after it must be there, or it is not written.
+    """
+    size = NONE
     for token_id in ids:
-        begin = token_ends[token_id]
-        length = token_ends[token_id + 1] - begin
-        for first in range(0, length, 16):  # what is copied beyond the token is overwritten by the next
-            copy_16_bytes(out, end + first, token_bytes, begin + first)
-        end += length
+        if token_id >= len(token_ends) - 1:
+            return np.int64(-1)
+        size = decode_id(Word(token_id), token_bytes, token_ends, out, size)
+    return np.int64(size)

@@ -14,6 +14,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
+from tokenizer.kernels.encode import decode_id
 from tokenizer.kernels.machine import NONE, ONE, prefetch_at, python_kernel, set_word_at, word_at
 
 Word = np.uint64
@@ -57,20 +58,23 @@ def fill_list(address: int, ints: NDArray[np.uint64], ids: NDArray[np.uint32], c
 
 
 @python_kernel
-def read_list(address: int, int_type: int, token_ends: NDArray[np.int64], ids: NDArray[np.uint32]) -> np.int64:
-    """Write the ids in the list at `address` to `ids`, which is as long; the bytes that they stand for.
+def decode_list(
+    address: int,
+    int_type: int,
+    token_bytes: NDArray[np.uint8],
+    token_ends: NDArray[np.uint32],
+    out: NDArray[np.uint8],
+) -> np.int64:
+    """`tokenizer.kernels.encode.decode_ids` for the list at `address`.
 
-    -1 if an element is not an id, is an int in a wider sense (a bool, say), or the list has another length by now.
-
-    Args:
-        int_type: address of `int`; of nothing else is the value asked, so that no other code can run meanwhile.
-        token_ends: as for `tokenizer.kernels.encode.decoded_size`.
+    -1 also if an element is an int in a wider sense, a bool, say: the address of `int` is `int_type`. Of nothing else
+    is the value asked, so that no other code can run meanwhile.
     """
-    if word_at(Word(address) + LENGTH) != Word(len(ids)):
-        return np.int64(-1)
-    elements = word_at(Word(address) + ELEMENTS)
-    size = np.int64(0)
-    for i in range(Word(len(ids))):
+    count, elements = word_at(Word(address) + LENGTH), word_at(Word(address) + ELEMENTS)
+    size = NONE
+    for i in range(count):
+        if i + AHEAD < count:
+            prefetch_at(word_at(elements + Word(8) * (i + AHEAD)))
         number = word_at(elements + Word(8) * i)
         if word_at(number + TYPE) != Word(int_type):
             return np.int64(-1)
@@ -78,6 +82,5 @@ def read_list(address: int, int_type: int, token_ends: NDArray[np.int64], ids: N
         if token_id >= Word(len(token_ends) - 1):
             forget_error()
             return np.int64(-1)
-        ids[i] = token_id
-        size += token_ends[token_id + ONE] - token_ends[token_id]
-    return size
+        size = decode_id(token_id, token_bytes, token_ends, out, size)
+    return np.int64(size)
