@@ -385,9 +385,6 @@ class CompiledTokenizer:
         from tokenizer.kernels import encode, lists, strings
 
         self._kernels, self._lists, self._strings = encode, lists, strings
-        self._encode_known = encode.encode_known
-        self._classes = pretokenize.unicode_classes()
-        self._special_tokens = tokenizer.special_tokens
         self._lock = threading.Lock()
         self._room = np.empty(self.SCRATCH + 64, np.uint8)
         self._text = self._room.view()
@@ -403,26 +400,22 @@ class CompiledTokenizer:
         self._int_addresses = np.fromiter(map(id, self._ints), np.uint64, len(self._ints))
         # Load every kernel now, so that none has to be later, when memory may be short.
         nothing = np.frombuffer(PADDING_BYTES, np.uint8)
-        self._encode_known(nothing, 0, self._classes, self.encoder.slots, self._starts, self._ids)
         self.encoder.encode(nothing, 0, self._starts, self._ids)
         for text in ("a", "\u0100", "\U00010000"):
             self._utf8(text * (self.SHORT + 1))
         self._as_list(self._ids[:0], 0)
         self.decode([], bytes)
+        self.decode((), bytes)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`."""
         with self._lock:
             buffer, size = self._utf8(text)
             starts, ids = self._starts, self._ids
-            if size <= self.SHORT and not any(token in text for token in self._special_tokens):
-                count = self._encode_known(buffer, size, self._classes, self.encoder.slots, starts, ids)
-                if count >= 0:
-                    return ids[:count].tolist()
             if size > self.SCRATCH:
                 starts, ids = np.empty(size + 1, np.uint32), np.empty(size + 3, self._dtype)
             count = self.encoder.encode(buffer, size, starts, ids)
-            return self._as_list(ids, count)
+            return ids[:count].tolist() if size <= self.SHORT else self._as_list(ids, count)
 
     def _utf8(self, text: str) -> tuple[NDArray[np.uint8], int]:
         """`text` as UTF-8, and its size; 64 bytes after it are readable. Good until the next call."""
@@ -463,7 +456,7 @@ class CompiledTokenizer:
             while size + 15 > len(out):
                 out = np.empty(size + 15, np.uint8)
                 size = decode(out)
-            return made_of(memoryview(out)[:size]) if size >= 0 else None
+            return made_of(out.data[:size]) if size >= 0 else None
 
 
 PADDING_BYTES = bytes(64)
@@ -480,8 +473,9 @@ class BytesEncoder:
 
     def __init__(self, tokenizer: Tokenizer, first_slots: int = 1 << 18, max_slots: int = 1 << 21) -> None:
         from tokenizer.kernels import encode as kernels
+        from tokenizer.kernels.machine import words_of
 
-        self._kernels = kernels
+        self._kernels, self._words_of = kernels, words_of
         self._first_words, self._max_words = kernels.SLOT * first_slots, kernels.SLOT * max_slots
         if tokenizer.vocab_size > kernels.MAX_IDS:
             raise ValueError(f"vocab has id {tokenizer.vocab_size - 1}: the kernels take ids below {kernels.MAX_IDS}")
@@ -498,12 +492,12 @@ class BytesEncoder:
         )
         kernels.fill_rules(lefts, rights, self._rules)
         self._work = self._empty_work(1024)
-        self._classes = pretokenize.unicode_classes()
-        self._specials = pretokenize.special_token_arrays(tokenizer.special_tokens)
+        self._special_tokens = pretokenize.special_token_arrays(tokenizer.special_tokens)
         self._special_ids = np.array([tokenizer.special_ids[token] for token in tokenizer.special_tokens], np.uint32)
         self._cache = self._empty_cache(self._first_words)
         self._own_words = self._cache.slots[:0]
         self._learn_vocabulary(tokenizer)
+        self._set_tables()
 
     def _learn_vocabulary(self, tokenizer: Tokenizer) -> None:
         """Fill a quarter of the cache with pre-tokens that are tokens: those with the lowest ids."""
@@ -527,10 +521,11 @@ class BytesEncoder:
         self._kernels.rebuild(self._own_words, slots)
         used[:] = len(self._own_words) // self._kernels.SLOT, 0
 
-    @property
-    def slots(self) -> NDArray[np.uint64]:
-        """The table of the cache."""
-        return self._cache.slots
+    def _set_tables(self) -> None:
+        """Say to the kernel where its tables are: after each change of the cache or of the scratch space."""
+        classes = pretokenize.unicode_classes()
+        parts = classes, self._special_tokens, self._special_ids, self._rules, self._cache, self._work
+        self._tables = self._words_of(self._kernels.Tables(*parts))
 
     def _empty_cache(self, words: int) -> Any:
         return self._kernels.Cache(_zeroed_words(words), np.empty(words // 2, np.uint32), np.zeros(2, np.int64))
@@ -541,6 +536,7 @@ class BytesEncoder:
         other._cache = self._empty_cache(self._first_words)
         other._forget()
         other._work = self._empty_work(1024)
+        other._set_tables()
         return other
 
     def _empty_work(self, longest: int) -> Any:
@@ -571,32 +567,22 @@ class BytesEncoder:
             starts: scratch, room for size + 1.
             ids: of an integer type that holds every id; room for size + 3.
         """
-        text = text.view()
-        text.flags.writeable = False  # one compiled kernel for all callers
-        position = count = 0
-        while True:
-            position, added = self._kernels.encode_text(
-                text,
-                position,
-                size,
-                self._classes,
-                self._specials,
-                self._special_ids,
-                self._rules,
-                self._cache,
-                self._work,
-                starts,
-                ids[count:],
-            )
-            count += added
-            if position >= size:
-                if len(self._work.ids) > MAX_KEPT_WORK:
-                    self._work = self._empty_work(1024)
-                return count
+        if text.flags.writeable:  # one compiled kernel for all callers
+            text = text.view()
+            text.flags.writeable = False
+        position, count = self._kernels.encode_text(text, 0, size, self._tables, starts, ids)
+        while position < size:
             if self._work.needed[0] > len(self._work.ids):
                 self._work = self._empty_work(int(self._work.needed[0]))
             else:
                 self._make_room()
+            self._set_tables()
+            position, added = self._kernels.encode_text(text, position, size, self._tables, starts, ids[count:])
+            count += added
+        if len(self._work.ids) > MAX_KEPT_WORK:
+            self._work = self._empty_work(1024)
+            self._set_tables()
+        return count
 
     def _make_room(self) -> None:
         """Make the cache twice as large, or empty it where it is as large as it may get."""

@@ -92,7 +92,7 @@ def special_token_arrays(special_tokens: Sequence[str]) -> "SpecialTokens":
         text=np.frombuffer(b"".join(encoded[i] for i in order), np.uint8),
         offsets=np.cumsum([0, *lengths], dtype=np.int64),
         numbers=np.array(order, np.int64),
-        openings=np.frombuffer(b"".join(openings), np.uint8).reshape(-1, 2),
+        openings=np.frombuffer(b"".join(openings), np.uint8),
         has_single_byte=1 in lengths,
     )
 

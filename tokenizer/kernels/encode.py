@@ -15,7 +15,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.kernels.machine import NONE, ONE, copy_16_bytes, inline_kernel, kernel, load_word, lowest_bit, prefetch
+from tokenizer.kernels.machine import (
+    NONE,
+    ONE,
+    copy_16_bytes,
+    inline_kernel,
+    kernel,
+    load_word,
+    lowest_bit,
+    prefetch,
+    unpacker,
+)
 from tokenizer.kernels.scan import SpecialTokens, find_special_token, scan
 
 Word = np.uint64
@@ -77,6 +87,20 @@ class Work(NamedTuple):
     first: NDArray[np.int32]  # of each rank, the ends of its list of positions, and a bit whether it has any;
     last: NDArray[np.int32]  # between two pre-tokens all lists are empty: -1, -1, 0
     waiting: NDArray[np.uint64]
+
+
+class Tables(NamedTuple):
+    """All that encoding needs besides the text, and a place for the ids."""
+
+    classes: NDArray[np.uint8]  # of each code point
+    specials: SpecialTokens
+    special_ids: NDArray[np.uint32]  # of each special token, in the order that `specials.numbers` refers to
+    rules: Rules
+    cache: Cache
+    work: Work
+
+
+unpack = unpacker(Tables)
 
 
 @inline_kernel
@@ -471,40 +495,6 @@ def encode_pretokens(
 
 
 @kernel
-def encode_known(
-    text: NDArray[np.uint8],
-    end: int,
-    classes: NDArray[np.uint8],
-    slots: NDArray[np.uint64],
-    starts: NDArray[np.uint32],
-    out: NDArray[np.uint32],
-) -> np.int64:
-    """Write the ids of text[:end] to `out` if the cache has all of its pre-tokens inline; their number, or -1.
-
-    For short texts, of which most are made of known words: it takes few arguments, for each costs time at the call.
-    """
-    num_pretokens = scan(text, 0, end, classes, starts, 0)
-    starts[num_pretokens] = end
-    count = NONE
-    for i in range(Word(num_pretokens)):
-        begin = Word(starts[i])
-        low, high = key_of(text, begin, Word(starts[i + ONE]) - begin)
-        slot = slot_of(low, high, slots)
-        while slots[slot] != low or slots[slot + ONE] != high:
-            if slots[slot + ONE] == NONE:
-                return np.int64(-1)
-            slot = (slot + Word(SLOT)) & Word(len(slots) - SLOT)
-        number = slots[slot + Word(3)] >> HALF
-        if number > Word(INLINE_IDS):
-            return np.int64(-1)
-        out[count] = slots[slot + Word(2)] & LOW_HALF
-        out[count + ONE] = slots[slot + Word(2)] >> HALF
-        out[count + Word(2)] = slots[slot + Word(3)] & LOW_HALF
-        count += number
-    return np.int64(count)
-
-
-@kernel
 def is_cut(text: NDArray[np.uint8], position: int) -> bool:
     """Whether a pre-token surely begins at `position`: a blank or line feed after a visible ASCII character."""
     return (text[position] == 32 or text[position] == 10) and 32 < text[position - 1] < 127
@@ -538,12 +528,7 @@ def encode_text(
     text: NDArray[np.uint8],
     begin: int,
     end: int,
-    classes: NDArray[np.uint8],
-    specials: SpecialTokens,
-    special_ids: NDArray[np.uint32],
-    rules: Rules,
-    cache: Cache,
-    work: Work,
+    tables: NDArray[np.uint64],
     starts: NDArray[np.uint32],
     out: NDArray[np.uint32],
 ) -> tuple[int, np.int64]:
@@ -554,10 +539,11 @@ def encode_text(
 
     Args:
         text: bytes, of which 64 after `end` must be readable.
-        special_ids: id of each special token, in the order that `specials.numbers` refers to.
+        tables: `words_of` the `Tables`.
         starts: scratch, room for end - begin + 1 entries (few of them touched, unless the text has no blanks).
         out: of any integer type that holds the ids; room for end - begin + 3 of them.
     """
+    classes, specials, special_ids, rules, cache, work = unpack(tables)
     count = NONE
     while begin < end:
         stop, row = end, np.int64(-1)

@@ -258,7 +258,7 @@ class SpecialTokens(NamedTuple):
     text: NDArray[np.uint8]  # all of them, one after the other
     offsets: NDArray[np.int64]  # where each begins in `text`, and the end
     numbers: NDArray[np.int64]  # which of the caller's list each is
-    openings: NDArray[np.uint8]  # (n, 2) distinct first two bytes
+    openings: NDArray[np.uint8]  # distinct first two bytes of them, one pair after the other
     has_single_byte: bool  # one of them is a single byte: then the second bytes say nothing
 
 
@@ -287,10 +287,10 @@ def find_special_token(text: NDArray[np.uint8], begin: int, end: int, specials: 
     """
     for position in range(begin, end, 64):
         candidates = NONE
-        for row in range(len(specials.openings)):
-            opening = bytes_in_range(text, position, specials.openings[row, 0], Byte(1))
+        for pair in range(0, len(specials.openings), 2):
+            opening = bytes_in_range(text, position, specials.openings[pair], Byte(1))
             if not specials.has_single_byte:
-                opening &= bytes_in_range(text, position + 1, specials.openings[row, 1], Byte(1))
+                opening &= bytes_in_range(text, position + 1, specials.openings[pair + 1], Byte(1))
             candidates |= opening
         while candidates != NONE:
             candidate = position + lowest_bit(candidates)
