@@ -290,7 +290,7 @@ def test_encoding_equal_characters_takes_linear_time(name: str, runs_tokenizer: 
 @pytest.mark.parametrize("name", UNITS)
 def test_ten_million_equal_characters(name: str, runs_tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = UNITS[name] * 10_000_000
-    assert slope_of(lambda n: runs_tokenizer.encode(text[:n]), 1_000_000, 10_000_000) < ALMOST_LINEAR
+    assert slope_of(lambda n: runs_tokenizer.encode(text[:n]), 1_000_000, 10_000_000, enough=1.2) < 1.2
     ids = runs_tokenizer.encode(text)
     assert len(ids) < len(text.encode()) // 8, "the merges of runs are used"
     assert runs_tokenizer.decode(ids) == text

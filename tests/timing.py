@@ -7,22 +7,22 @@ from math import log
 ALMOST_LINEAR = 1.5  # n log n and the caches of a machine stay below 1.25, n ** 2 with them above 1.9
 
 
-def slope_of(work: Callable[[int], object], small: int, large: int, rounds: int = 8) -> float:
+def slope_of(work: Callable[[int], object], small: int, large: int, enough: float = ALMOST_LINEAR) -> float:
     """Slope of log time over log size between two sizes.
 
     Counts the processor's time and takes the shortest of several runs of each size, for other work can only add to it;
-    the sizes take turns, so that a slow minute meets both. More rounds are run only while the slope is not
-    `ALMOST_LINEAR`: time that really grows faster does so in the shortest runs too.
+    the sizes take turns, so that a slow minute meets both. Up to eight rounds are run, until the slope is
+    below `enough`: time that really grows faster does so in the shortest runs too.
     """
     assert large >= 8 * small, "sizes closer together cannot tell an unlucky run from quadratic time"
     seconds = {small: float("inf"), large: float("inf")}
     slope = float("inf")
-    for _ in range(rounds):
+    for _ in range(8):
         for size in (small, large):
             start = time.process_time()
             work(size)
             seconds[size] = min(seconds[size], time.process_time() - start)
         slope = log(seconds[large] / seconds[small]) / log(large / small)
-        if slope < ALMOST_LINEAR:
+        if slope < enough:
             break
     return slope
