@@ -39,6 +39,7 @@ from tokenizer.chunks import (
 from tokenizer.progress import progress_bar
 
 CHUNK_BYTES = 1 << 21
+FLUSH_SECONDS = 0.05  # between two flushes to the device while the threads encode
 JOURNAL_SECONDS = 5.0  # at most this much work is lost when the process is killed
 SMALL_BYTES = 1 << 19  # up to here no kernel is loaded: it would take longer than the work
 HEADER_BYTES = 128  # of an .npy file, whatever the number of ids in it
@@ -164,9 +165,11 @@ def _encode_chunks(
             writer.stop_waiting()
 
     with (
-        ThreadPoolExecutor(num_threads) as pool,
+        ThreadPoolExecutor(num_threads + 1) as pool,
         progress_bar("encoding", reader.num_bytes, "bytes", progress) as show,
     ):
+        encoded = threading.Event()
+        flushed = pool.submit(writer.flush_until, encoded)
         try:
             futures = [pool.submit(work, encoder)]
             futures += [pool.submit(work, encoder.copy()) for _ in range(num_threads - 1)]
@@ -175,9 +178,12 @@ def _encode_chunks(
         except BaseException:
             reader.stopped = True
             raise
+        finally:
+            encoded.set()
     failures = [(number, error) for number, error in errors if not isinstance(error, _StoppedWaiting)]
     if failures:
         raise min(failures, key=lambda failure: failure[0])[1]
+    flushed.result()
 
 
 class ShardReader(ChunkReader):
@@ -381,6 +387,11 @@ class TokenWriter:
             self.failed = True
             self.turn.notify_all()
 
+    def flush_until(self, encoded: threading.Event) -> None:
+        """Let the device write while others encode: else nothing else would happen while it does, at the end."""
+        while not encoded.wait(FLUSH_SECONDS):
+            os.fsync(self.file)
+
     def finish(self) -> dict[str, Any]:
         """Put the part file under its final name; the record of the ids."""
         done = self.done
@@ -419,7 +430,7 @@ class TokenWriter:
             raise OSError(errno.ENOSPC, message)
 
     def _save_journal(self) -> None:
-        os.fdatasync(self.file)
+        os.fsync(self.file)
         done = dataclasses.replace(self.done, text_sha256=self.text_hash.hexdigest())
         files.write_json(self.journal, {"job": self.job, "done": dataclasses.asdict(done)})
         self.saved_at = time.monotonic()
