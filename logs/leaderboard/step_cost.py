@@ -1,6 +1,6 @@
 """The cost of a training step with each option, relative to the baseline's: what makes equal steps equal time.
 
-    OMP_NUM_THREADS=1 python logs/leaderboard/step_cost.py
+    OMP_NUM_THREADS=1 python logs/leaderboard/step_cost.py [PAIRS [SWEEP]]
 
 Steps of the baseline and of one option take turns, so that whatever else the machine does weighs on both; each step's
 processor time is taken, and the median of the ratios of neighbours is printed.
@@ -23,7 +23,6 @@ from lm.optim import clip_gradients
 from lm.report import flatten
 from lm.sweep import DEFAULT_CONFIG, PlannedRun, plan
 
-SWEEP = Path("configs/sweeps/leaderboard.yaml")
 
 
 def settings_of(run: PlannedRun) -> dict[str, Any]:
@@ -65,19 +64,19 @@ def seconds(step: Callable[[], None]) -> float:
     return time.process_time() - began
 
 
-def main(pairs: int = 40) -> None:
+def main(pairs: str = "40", sweep: str = "configs/sweeps/leaderboard.yaml") -> None:
     """Print a line per run of the sweep's first seed."""
     torch.set_num_threads(1)
-    runs = [run for run in plan(SWEEP, "cpu") if run.name.endswith("seed_0")]
+    runs = [run for run in plan(Path(sweep), "cpu") if run.name.endswith("seed_0")]
     settings = {run.name.removesuffix("-seed_0"): settings_of(run) for run in runs}
     [base] = make_steps(settings["baseline"])
     for name, own in settings.items():
         ratios = []
         for step in make_steps(own):
-            both = [(seconds(step), seconds(base)) for _ in range(pairs + 5)][5:]
+            both = [(seconds(step), seconds(base)) for _ in range(int(pairs) + 5)][5:]
             ratios.append(statistics.median(one / other for one, other in both))
         print(f"{name:<24}{statistics.fmean(ratios):.3f}", flush=True)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*sys.argv[1:])
