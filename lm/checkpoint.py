@@ -422,13 +422,25 @@ def find_run(logs: PathLike = "logs") -> Path:
     return max(records, key=lambda path: path.stat().st_mtime_ns).parent.parent
 
 
+class InUseError(ValueError):
+    """Another process works in a run's folder.
+
+    Attributes:
+        holder: its id and host, in words.
+    """
+
+    def __init__(self, run: PathLike, holder: str) -> None:
+        super().__init__(f"{run} is in use by {holder}: wait for it, or start another run")
+        self.holder = holder
+
+
 def lock_run(run: PathLike) -> IO[str]:
     """Claim a run directory for this process, until the returned file is closed or the process ends.
 
     The kernel holds the lock, so that a killed process leaves none behind.
 
     Raises:
-        ValueError: another process has it (with its id and host).
+        InUseError: another process has it.
     """
     path = Path(run) / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -439,7 +451,7 @@ def lock_run(run: PathLike) -> IO[str]:
         file.seek(0)
         holder = file.read().strip()
         file.close()
-        raise ValueError(f"{run} is in use by {holder}: wait for it, or start another run") from None
+        raise InUseError(run, holder) from None
     file.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     return file

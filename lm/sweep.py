@@ -35,6 +35,7 @@ from typing import Any
 
 import yaml
 
+from lm.checkpoint import InUseError, lock_run
 from lm.report import flatten
 from tokenizer.files import atomic_write
 
@@ -187,7 +188,7 @@ def copy_twin(run: PlannedRun, logs: str) -> dict[str, Any] | None:
         record = json.loads(path.read_text())
         if record.get("experiment") == run.experiment and record["status"] in DONE and "copied_from" not in record:
             source, target = path.parent, Path(logs, run.study, run.name)
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints", "lock"), dirs_exist_ok=True)
             return record | {"copied_from": source.relative_to(logs).as_posix()}
     return None
 
@@ -207,6 +208,8 @@ def sweep(
     logs: str = "logs",
 ) -> None:
     """Run every run of a sweep file that has no result yet; a failed run is recorded and does not stop the others.
+
+    Several sweeps may share a file and a folder: each run is made by one of them.
 
     Args:
         file: the sweep, for example configs/sweeps/learning_rate.yaml.
@@ -231,18 +234,27 @@ def sweep(
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
     failed = []
 
-    def work(run: PlannedRun) -> tuple[PlannedRun, dict[str, Any]]:
+    def work(run: PlannedRun) -> tuple[PlannedRun, dict[str, Any] | str]:
+        folder = Path(logs, run.study, run.name)
         device = slots.get()
         try:
-            record = copy_twin(run, logs) or execute(run, logs, device, threads)
+            with lock_run(folder):
+                if run.status(logs) in DONE:
+                    return run, "made by another sweep meanwhile"
+                record = copy_twin(run, logs) or execute(run, logs, device, threads)
+                with atomic_write(folder / "record.json", "w") as output:
+                    json.dump(record, output, indent=1)
+                return run, record
+        except InUseError as error:
+            return run, f"left to {error.holder}, which makes it just now"
         finally:
             slots.put(device)
-        with atomic_write(Path(logs, run.study, run.name, "record.json"), "w") as output:
-            json.dump(record, output, indent=1)
-        return run, record
 
     with ThreadPoolExecutor(slots.qsize()) as pool:
         for run, record in pool.map(work, waiting):
+            if isinstance(record, str):
+                print(f"{run.study}/{run.name}: {record}", flush=True)
+                continue
             copied = f", copied from {record['copied_from']}" if "copied_from" in record else ""
             print(f"{run.study}/{run.name}: {record['status']} in {record['seconds']:.0f} s{copied}", flush=True)
             if record["status"] not in DONE:

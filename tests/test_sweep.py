@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from lm.checkpoint import lock_run
 from lm.sweep import PlannedRun, plan, sweep
 
 
@@ -129,6 +130,30 @@ def test_a_failed_run_does_not_stop_the_others(grid: Path, tmp_path: Path, monke
     with pytest.raises(SystemExit, match="8 of 8 runs failed"):
         sweep(str(grid), scale="cpu", logs=str(logs))
     assert len(list(logs.rglob("record.json"))) == 8
+
+
+def test_a_run_that_another_sweep_makes_is_left_to_it(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = tmp_path / "logs"
+    runs = plan(grid, "cpu")
+    makes = finish(logs, "finished").run
+
+    def run(command: list[str], **options: object) -> SimpleNamespace:
+        """The first run takes long: meanwhile another sweep has begun the second and ended the last."""
+        if command[command.index("--run.name") + 1] == runs[0].name:
+            makes(["--run.name", runs[-1].name])
+        return makes(command, **options)
+
+    monkeypatch.setattr("lm.sweep.subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    with lock_run(logs / "learning_rate" / runs[1].name):
+        sweep(str(grid), scale="cpu", logs=str(logs))
+    said = capsys.readouterr().out
+    assert f"{runs[1].name}: left to process {os.getpid()} on " in said
+    assert f"{runs[-1].name}: made by another sweep meanwhile" in said
+    assert said.count("finished in") == len(list(logs.rglob("record.json"))) == 6
+    sweep(str(grid), scale="cpu", logs=str(logs))
+    assert f"{runs[1].name}: finished in" in capsys.readouterr().out
 
 
 def test_the_device_reaches_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
