@@ -24,7 +24,6 @@ from lm.report import flatten
 from lm.sweep import DEFAULT_CONFIG, PlannedRun, plan
 
 
-
 def settings_of(run: PlannedRun) -> dict[str, Any]:
     """All settings of a run by their dotted names, as its command line merges them."""
     merged: dict[str, Any] = {}
