@@ -191,6 +191,7 @@ class RunControl(Checkpoint):
         self.last_loss: float | None = None
         self.paused_seconds = 0.0  # by validations and saving
         self.reserve_seconds = 0.0  # kept back for the last checkpoint and validation; agreed by all ranks
+        self._pause_seconds = 0.0  # the longest validation and save so far; agreed
         self._began = 0.0
         self._after_pause = False
         self._restored_rng: dict[str, Any] | None = None
@@ -247,12 +248,12 @@ class RunControl(Checkpoint):
             return
         step = trainer.global_step
         every = self.config.checkpoint_every_n_steps
-        validating = trainer.enable_validation and step % self.config.validate_every_n_steps == 0
-        ending = 0 < trainer.max_steps <= step or self._time_is_up(step)
+        validating = self._validates(trainer, step)
+        ending = 0 < trainer.max_steps <= step or self._time_is_up(step, validating)
         saving = validating or ending or (every is not None and step % every == 0)
         if saving or self._after_pause or step % self._sync_every(trainer) == 0:
             self._synchronise(trainer, pl_module, step)
-            ending = ending or self._time_is_up(step)
+            ending = ending or self._time_is_up(step, validating)
         self._follow_the_clock(pl_module, step)
         self.validation_pending = validating or (ending and trainer.enable_validation)
         if saving or ending or self._agreed_signal:
@@ -282,9 +283,9 @@ class RunControl(Checkpoint):
             float(module.nonfinite.item()),
             self.validation_seconds + self.save_seconds,
         ]
-        seconds, paused, signum, nonfinite, last_pause = max_over_ranks(trainer, local)
+        seconds, paused, signum, nonfinite, self._pause_seconds = max_over_ranks(trainer, local)
         self.clock.agree(step, seconds, paused)
-        self.reserve_seconds = 1.0 + 1.25 * last_pause  # as long as they took so far, and a quarter more
+        self.reserve_seconds = 1.0 + 1.25 * self._pause_seconds  # as long as they took so far, and a quarter more
         self._agreed_signal = int(signum)
         self._after_pause = False
         if nonfinite:
@@ -298,14 +299,19 @@ class RunControl(Checkpoint):
     def _follow_the_clock(self, module: Any, step: int) -> None:
         """Set the rate of the update after `step`: that of the time at its end, of the run's end if it is the last."""
         if self.config.max_minutes is not None:
-            last = self._time_is_up(step + 1)
+            last = self._time_is_up(step + 1, self._validates(module.trainer, step + 1))
             module.clock_progress = 1.0 if last else self.clock.at(step + 1) / self._training_seconds
             module.lr_schedulers().apply()  # Lightning has set it already, by what was known an update ago
 
-    def _time_is_up(self, step: int) -> bool:
+    def _validates(self, trainer: Trainer, step: int) -> bool:
+        return trainer.enable_validation and step % self.config.validate_every_n_steps == 0
+
+    def _time_is_up(self, step: int, validating: bool = False) -> bool:
+        """Whether no further update fits in after `step`, and after the validation that follows it."""
         if self.config.max_minutes is None:
             return False
-        return self.clock.at(step) + self.clock.step_seconds > self._training_seconds
+        pause = self._pause_seconds if validating else 0.0
+        return self.clock.at(step) + pause + self.clock.step_seconds > self._training_seconds
 
     # ------------------------------------------------------------------------------------------------ validation
 

@@ -113,6 +113,20 @@ def test_a_run_ends_in_time_with_slow_validation_text_and_saving(
     assert rate == pytest.approx(lowest) if follow == "clock" else rate > 10 * lowest
 
 
+def test_a_run_with_no_time_for_a_step_after_a_validation_validates_once(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes 0.1 s, a validation with its text and checkpoint 1 s: after the second one the time is up."""
+    machine = SlowMachine(monkeypatch, step=0.1, validation=0.1, save=0.2, sample=0.2)
+    arguments = ["--model.schedule.follow=clock", "--trainer.max_steps=100000", "--data.val_batch_size=4"]
+    arguments += ["--run.validate_every_n_steps=10", "--run.max_minutes=0.1084"]
+    assert fit(*arguments, started=machine.now) == 0
+    assert [row["step"] for row in rows(RUN) if "val/loss" in row] == [10, 20]
+    assert summary()["steps"] == 20
+    assert summary()["used_seconds"] < 60 * 0.1084
+    assert [row["lr"] for row in rows(RUN) if "lr" in row][-1] == pytest.approx(0.02 * 5e-3)
+
+
 @pytest.mark.slow
 def test_a_resumed_run_ends_in_time_at_the_lowest_rate(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = SlowMachine(monkeypatch, step=0.2, validation=0.1, save=0.3, sample=0.4)
