@@ -1,4 +1,4 @@
-"""The cost of a training step with each option, relative to the baseline's: what makes equal steps equal time.
+"""The cost of a training step with each option, relative to the sweep's first run: what makes equal steps equal time.
 
     OMP_NUM_THREADS=1 python logs/leaderboard/step_cost.py [PAIRS [SWEEP]]
 
@@ -68,13 +68,13 @@ def main(pairs: str = "40", sweep: str = "configs/sweeps/leaderboard.yaml") -> N
     torch.set_num_threads(1)
     runs = [run for run in plan(Path(sweep), "cpu") if run.name.endswith("seed_0")]
     settings = {run.name.removesuffix("-seed_0"): settings_of(run) for run in runs}
-    [base] = make_steps(settings["baseline"])
+    [base] = make_steps(next(iter(settings.values())))
     for name, own in settings.items():
         ratios = []
         for step in make_steps(own):
             both = [(seconds(step), seconds(base)) for _ in range(int(pairs) + 5)][5:]
             ratios.append(statistics.median(one / other for one, other in both))
-        print(f"{name:<24}{statistics.fmean(ratios):.3f}", flush=True)
+        print(f"{name:<32}{statistics.fmean(ratios):.3f}", flush=True)
 
 
 if __name__ == "__main__":
