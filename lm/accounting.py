@@ -107,8 +107,6 @@ def parameters(config: TransformerConfig) -> dict[str, int]:
         parts["gates of the heads"] = layers * config.num_heads * d
     if config.value_embeddings:
         parts["value embeddings"] = len(config.layers_with_value_embeddings) * config.vocab_size * d
-    if config.unet_skips:
-        parts["skips"] = config.num_skips
     return parts
 
 

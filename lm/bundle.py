@@ -45,7 +45,6 @@ RECIPE = {
     "model.transformer.qk_norm=True": "RMSNorm on the queries and keys of each head.",
     "model.transformer.gated_attention=True": "Each head's output is multiplied by a gate on the layer's input.",
     "model.transformer.value_embeddings=True": "Every other layer adds an embedding of the token to its values.",
-    "model.transformer.unet_skips=True": "The first half's outputs are added to the second half's inputs.",
     "model.optimizer.matrices=muon": "Muon moves the blocks' matrices, AdamW everything else.",
     "model.schedule.shape=trapezoid": "The learning rate stays high, then falls in a straight line.",
     "model.schedule.context_lengths": "The context grows over the run: {} (percentage of the run: tokens).",

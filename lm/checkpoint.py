@@ -524,7 +524,6 @@ def _settings_behind(
             r".*\b[qk]_norm": "qk_norm",
             r".*\bgate\b": "gated_attention",
             r"value_embeddings": "value_embeddings",
-            r"skips": "unet_skips",
         }
         return [setting for pattern, setting in patterns.items() if re.match(pattern, name)]
     if re.match(r"token_embeddings|lm_head", name):

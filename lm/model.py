@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import Module, ModuleDict, ModuleList, Parameter
+from torch.nn import Module, ModuleDict, ModuleList
 from torch.utils.checkpoint import checkpoint
 
 from lm.functional import linear_cross_entropy
@@ -33,7 +33,7 @@ Init = Literal["standard", "zero_output"]
 
 NO_MORE = "a setting that is no more: logs/leaderboard/NOTES.md says why"
 # Settings of earlier versions, with the value that leaves the model as it is without them.
-REMOVED = {"logit_softcap": None}
+REMOVED = {"logit_softcap": None, "unet_skips": False}
 
 FEED_FORWARD: dict[str, type[SwiGLU | SiLUFeedForward]] = {
     "swiglu": SwiGLU,
@@ -66,8 +66,6 @@ class TransformerConfig:
         gated_attention: each head's output times 2 sigmoid(W x), 1 at first.
         value_embeddings: every other layer, the last among them, adds a learned vector of the token, 0 at first, to the
             attention's values (Zhou et al. 2024, "Value residual learning"; the modded-nanogpt records).
-        unet_skips: the output of layer i, times a learned number that is 0 at first, is added to the input of layer
-            num_layers - 1 - i.
 
     Raises:
         ValueError: a size is not positive, a variant is unknown, `num_heads` does not divide `d_model`, or RoPE gets
@@ -91,7 +89,6 @@ class TransformerConfig:
     qk_norm: bool = False
     gated_attention: bool = False
     value_embeddings: bool = False
-    unet_skips: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "num_layers", "num_heads", "d_model", "d_ff", "rope_theta"):
@@ -139,11 +136,6 @@ class TransformerConfig:
     def layers_with_value_embeddings(self) -> list[int]:
         """Every other layer, counted back from the last."""
         return [i for i in range(self.num_layers) if self.value_embeddings and (self.num_layers - 1 - i) % 2 == 0]
-
-    @property
-    def num_skips(self) -> int:
-        """How many layers of the first half have a partner in the second that is not their neighbour."""
-        return (self.num_layers - 1) // 2 if self.unet_skips else 0
 
 
 class TransformerBlock(Module):
@@ -257,8 +249,6 @@ class TransformerLM(Module):
             for table in tables.values():
                 table.weight.data.zero_()
             self.value_embeddings = ModuleDict(tables)
-        if config.unet_skips:
-            self.skips = Parameter(torch.zeros(config.num_skips, device=device, dtype=dtype))
 
     def forward(
         self,
@@ -290,11 +280,7 @@ class TransformerLM(Module):
             )
         x = self.token_embeddings(token_ids)
         config = self.config
-        skipped: list[Tensor] = []  # outputs of the first half that the second half takes up
         for index, layer in enumerate(self.layers):
-            partner = config.num_layers - 1 - index
-            if partner < config.num_skips:
-                x = x + self.skips[partner] * skipped[partner]
             values = None
             if index in self.value_layers:
                 values = self.value_embeddings[str(index)](token_ids)
@@ -303,8 +289,6 @@ class TransformerLM(Module):
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
-            if index < config.num_skips:
-                skipped.append(x)
         if config.norm != "none":
             x = self.ln_final(x)
         head = self.lm_head if config.head == "untied" else self.token_embeddings

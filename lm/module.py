@@ -38,7 +38,7 @@ class OptimizerConfig:
         matrix_lr: the highest rate of the blocks' matrices; default, lr.
         embedding_lr: that of the token embeddings, and of value embeddings; default, lr.
         head_lr: that of an untied head; default, lr.
-        scalar_lr: that of gains, gates and skips; default, lr.
+        scalar_lr: that of gains and gates; default, lr.
 
     Raises:
         ValueError: a setting is out of its range.

@@ -26,19 +26,17 @@ VARIANTS = [
     {"qk_norm": True},
     {"gated_attention": True, "num_layers": 1},
     {"value_embeddings": True, "num_layers": 4},
-    {"unet_skips": True, "num_layers": 5},
     {
         "ffn": "relu2",
         "qk_norm": True,
         "gated_attention": True,
         "value_embeddings": True,
-        "unet_skips": True,
         "num_layers": 3,
         "head": "tied",
         "activation_checkpointing": True,
     },
 ]
-NEUTRAL_AT_FIRST = ("gate", "value_embeddings", "skips")  # parameters that begin with 0
+NEUTRAL_AT_FIRST = ("gate", "value_embeddings")  # parameters that begin with 0
 
 
 def small_model(**variant):
@@ -178,7 +176,7 @@ def test_autocast_is_near_float32(variant):
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
 
 
-@pytest.mark.parametrize("option", ["gated_attention", "value_embeddings", "unet_skips"])
+@pytest.mark.parametrize("option", ["gated_attention", "value_embeddings"])
 def test_what_begins_with_nothing_to_say_changes_nothing_at_first(option):
     torch.manual_seed(0)
     plain, more = (TransformerLM(TransformerConfig(**SMALL | {"num_layers": 3, option: on})) for on in (False, True))
@@ -227,19 +225,6 @@ def test_value_embeddings_stand_in_every_other_layer_up_to_the_last():
     assert config.layers_with_value_embeddings == [0, 2, 4]
     assert len(TransformerLM(config).value_embeddings) == 3
     assert TransformerConfig(**SMALL).layers_with_value_embeddings == []
-
-
-@torch.no_grad()
-def test_skips_join_the_halves():
-    """Layers that do nothing leave the sum of what the skips carry: 1 + s0 + s1 times the embeddings."""
-    model = small_model(unet_skips=True, num_layers=5, norm="none", head="tied", init="zero_output")
-    token_ids = torch.randint(40, (2, 12))
-    embeddings = model.token_embeddings(token_ids)
-    expected = (1 + model.skips.sum()) * embeddings @ model.token_embeddings.weight.T
-    torch.testing.assert_close(model(token_ids), expected)
-    assert [TransformerConfig(**SMALL | {"num_layers": n, "unet_skips": True}).num_skips for n in (1, 2, 3, 4, 12)] == [
-        0, 0, 1, 1, 5,
-    ]  # fmt: skip
 
 
 def test_activation_checkpointing_gives_the_same_gradients():
