@@ -383,7 +383,7 @@ def test_killed_at_random_moments_ends_with_the_same_bytes(tokenizer: Tokenizer,
     usual = time.monotonic() - start
     rng = random.Random(0)
     resumed = 0
-    for _ in range(6):
+    for _ in range(4):
         (tmp_path / "d" / "x.npy").unlink(missing_ok=True)
         for _ in range(20):
             child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
