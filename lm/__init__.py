@@ -1,1 +1,10 @@
 """Transformer language models from scratch: layers, optimizer, training, generation."""
+
+from pathlib import Path
+
+
+def default_config() -> Path:
+    """The configuration below every fit's own: beside the package in a checkout, within it where it is installed."""
+    package = Path(__file__).parent
+    checkout = package.parent / "configs" / "builtin.yaml"
+    return checkout if checkout.is_file() else package / "configs" / "builtin.yaml"

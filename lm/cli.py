@@ -27,6 +27,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lm import default_config
 from lm.bundle import write_bundle
 from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, device_name, duration, figures
 from lm.checkpoint import (
@@ -43,8 +44,6 @@ from lm.data import TokenDataModule
 from lm.model import TransformerConfig
 from lm.module import LanguageModel, OptimizerConfig, ScheduleConfig, uses_cuda_graphs
 from lm.options import explain, fail, is_first_rank, known_keys
-
-DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "builtin.yaml"
 
 PARENT = "LM_PARENT"  # environment variable: the process that started this one
 
@@ -411,7 +410,7 @@ def default_configs(argv: list[str]) -> dict[str, list[str]]:
     if subcommand == "validate" and checkpoint is None and not {"-h", "--help"} & set(argv):
         checkpoint = str(best_checkpoint(find_run(logs)))
         argv += ["--ckpt_path", checkpoint]
-    own = Path(checkpoint).parent.parent / "config.yaml" if checkpoint else DEFAULT_CONFIG
+    own = Path(checkpoint).parent.parent / "config.yaml" if checkpoint else default_config()
     return {subcommand: [str(own)]} if own.is_file() and subcommand in CLI.subcommands() else {}
 
 

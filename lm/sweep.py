@@ -35,11 +35,11 @@ from typing import Any
 
 import yaml
 
+from lm import default_config
 from lm.checkpoint import InUseError, lock_run
 from lm.report import flatten
 from tokenizer.files import atomic_write
 
-DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "builtin.yaml"  # lies under every fit
 KEYS = {"study", "configs", "grid", "runs", "seeds", "scales", "text", "include"}
 TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz")
 DONE = ("finished", "diverged")  # a divergence is a result
@@ -68,7 +68,7 @@ class PlannedRun:
     def experiment(self) -> str:
         """A hash of all settings that are said anywhere; equal for runs that differ only in where they are kept."""
         merged: dict[str, Any] = {}
-        for config in (str(DEFAULT_CONFIG), *self.configs):
+        for config in (str(default_config()), *self.configs):
             merged |= flatten(yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {})
         return hashlib.sha256(json.dumps(merged | dict(self.settings), sort_keys=True).encode()).hexdigest()
 

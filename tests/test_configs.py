@@ -107,7 +107,7 @@ def test_files_merge_in_order_and_the_command_line_comes_last(cli: CLI, tmp_path
 
 def test_the_codes_own_defaults_are_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lm.cli.DEFAULT_CONFIG", tmp_path / "absent.yaml")
+    monkeypatch.setattr("lm.cli.default_config", lambda: tmp_path / "absent.yaml")
     config = parse(make_cli(monkeypatch))
     assert config.data.corpus == "builtin"
     assert config.trainer.max_steps == 1000

@@ -1,8 +1,13 @@
 """The house rules that a machine can hold: who imports whom, what is from scratch, what never runs foreign code."""
 
 import ast
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,6 +155,34 @@ def test_versions_with_known_holes_are_excluded() -> None:
         version in allowed["lightning"] for version in ("2.6.2", "2.6.3", "2.6.5")
     )  # malware; a loader's hole
     assert not any(version in allowed["torch"] for version in ("2.5.1", "2.9.1"))  # holes in the weights_only loader
+
+
+@pytest.mark.slow
+def test_a_wheel_is_built_offline_and_has_our_files_alone(tmp_path: Path) -> None:
+    """With what `python -m lm fit` needs of configs/, where the checkout is not at hand."""
+    pytest.importorskip("setuptools", reason="builds the wheel")
+    source = tmp_path / "source"
+    for name in ("lm", "tokenizer", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    build = "from setuptools import build_meta; build_meta.build_wheel('..'); build_meta.build_sdist('..')"
+    command = [sys.executable, "-c", build]
+    subprocess.run(command, cwd=source, check=True, capture_output=True, env=os.environ | {"https_proxy": "none"})
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        archive.extractall(tmp_path / "site")
+    ours = {path.relative_to(ROOT).as_posix() for path in SOURCES} | {"lm/serve.html"}
+    configs = {f"lm/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("configs/**/*.yaml")}
+    assert set(names) == ours | configs
+    assert len(list(tmp_path.glob("*.tar.gz"))) == 1
+    found = "import lm; print(lm.default_config())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    said = subprocess.run(
+        [sys.executable, "-P", "-c", found], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    assert said.strip() == str(tmp_path / "site/lm/configs/builtin.yaml")
 
 
 def test_the_page_of_faults_names_tests_that_exist() -> None:

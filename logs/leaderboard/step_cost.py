@@ -17,17 +17,18 @@ from typing import Any
 import torch
 import yaml
 
+from lm import default_config
 from lm.model import TransformerConfig, TransformerLM
 from lm.module import OptimizerConfig
 from lm.optim import clip_gradients
 from lm.report import flatten
-from lm.sweep import DEFAULT_CONFIG, PlannedRun, plan
+from lm.sweep import PlannedRun, plan
 
 
 def settings_of(run: PlannedRun) -> dict[str, Any]:
     """All settings of a run by their dotted names, as its command line merges them."""
     merged: dict[str, Any] = {}
-    for config in (DEFAULT_CONFIG, *run.configs):
+    for config in (default_config(), *run.configs):
         merged |= flatten(yaml.safe_load(Path(config).read_text()) or {})
     return merged | dict(run.settings)
 
