@@ -241,14 +241,19 @@ def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch, name: str) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_are_one_with_twice_the_batch(fit: Run, dataset: Path, strategy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("strategy", "launcher"), [("ddp", "lightning"), ("fsdp2", "torchrun")])
+def test_two_processes_are_one_with_twice_the_batch(
+    fit: Run, dataset: Path, strategy: str, launcher: str, tmp_path: Path
+) -> None:
     from toy import rows
 
     assert fit("--run.name=one", "--data.batch_size=8") == 0
     arguments = [f"--data.directory={dataset}", *SETTINGS, "--run.name=two", "--trainer.devices=2"]
+    words = command("fit", *arguments, f"--trainer.strategy={strategy}")
+    if launcher == "torchrun":
+        words[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        command("fit", *arguments, f"--trainer.strategy={strategy}"),
+        words,
         cwd=tmp_path,
         env={**__import__("os").environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
