@@ -82,6 +82,7 @@ def test_a_torn_or_surplus_line_is_cut_off_when_the_run_goes_on(fit: Fit) -> Non
     again = rows(RUN)
     assert [row for row in again if row["step"] < 8] == [row for row in whole if row["step"] < 8]
     assert [row["step"] for row in again if "lr" in row] == list(range(1, 11))
+    assert steps(events(RUN), "train/loss") == list(range(1, 11)), "TensorBoard goes on with the same curve"
 
 
 def test_speed_leaves_out_validation_and_saving(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

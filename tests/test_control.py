@@ -284,6 +284,8 @@ def test_what_to_resume_is_said_or_missed(fit: Fit, capfd: pytest.CaptureFixture
     assert summary()["steps"] == 10
     assert [row["step"] for row in rows(RUN) if "lr" in row] == list(range(1, 11)), "no row lost, none doubled"
     assert not Path("logs/toy/version_1").exists()
+    assert fit("--resume=never") == 0
+    assert Path("logs/toy/version_1/checkpoints/step-000008.ckpt").is_file()
 
 
 @pytest.mark.slow

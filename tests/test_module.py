@@ -208,15 +208,6 @@ def test_accumulated_batches_are_one_larger_batch(fit: Fit) -> None:
             assert b[name] == pytest.approx(a[name], abs=1e-4), name
 
 
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_run_and_another_one_another(fit: Fit) -> None:
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert fit(f"--run.name={name}", f"--seed_everything={seed}") == 0
-    a, b, c = (rows(Path(f"logs/{name}/version_0")) for name in "abc")
-    assert a == b
-    assert a != c
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_bfloat16_trains_and_measures_in_float64(fit: Fit, precision: str) -> None:
     assert fit(f"--trainer.precision={precision}", "--trainer.max_steps=30", "--model.optimizer.lr=0.02") == 0
