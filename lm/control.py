@@ -191,7 +191,6 @@ class RunControl(Checkpoint):
         self.last_loss: float | None = None
         self.paused_seconds = 0.0  # by validations and saving
         self.reserve_seconds = 0.0  # kept back for the last checkpoint and validation; agreed by all ranks
-        self._pause_seconds = 0.0  # the longest validation and save so far; agreed
         self._began = 0.0
         self._after_pause = False
         self._restored_rng: dict[str, Any] | None = None
@@ -283,9 +282,9 @@ class RunControl(Checkpoint):
             float(module.nonfinite.item()),
             self.validation_seconds + self.save_seconds,
         ]
-        seconds, paused, signum, nonfinite, self._pause_seconds = max_over_ranks(trainer, local)
+        seconds, paused, signum, nonfinite, last_pause = max_over_ranks(trainer, local)
         self.clock.agree(step, seconds, paused)
-        self.reserve_seconds = 1.0 + 1.25 * self._pause_seconds  # as long as they took so far, and a quarter more
+        self.reserve_seconds = 1.0 + 1.25 * last_pause  # as long as they took so far, and a quarter more
         self._agreed_signal = int(signum)
         self._after_pause = False
         if nonfinite:
@@ -310,7 +309,7 @@ class RunControl(Checkpoint):
         """Whether no further update fits in after `step`, and after the validation that follows it."""
         if self.config.max_minutes is None:
             return False
-        pause = self._pause_seconds if validating else 0.0
+        pause = self.reserve_seconds if validating else 0.0
         return self.clock.at(step) + pause + self.clock.step_seconds > self._training_seconds
 
     # ------------------------------------------------------------------------------------------------ validation
@@ -350,6 +349,10 @@ class RunControl(Checkpoint):
         if trainer.is_global_zero and self.saved is not None:
             note_metrics(self.saved, pl_module.validation_result)
             prune(self.directory, self.config.keep_checkpoints)
+        if self.config.max_minutes is not None and trainer.state.fn == "fit":
+            self._synchronise(trainer, pl_module, trainer.global_step)
+            # It took longer than reckoned: another update would only ask for another validation.
+            trainer.should_stop = trainer.should_stop or self._time_is_up(trainer.global_step)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

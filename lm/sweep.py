@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -146,7 +146,9 @@ def plan(path: Path, scale: str | None = None, texts: Path | None = None) -> lis
     return runs
 
 
-def execute(run: PlannedRun, logs: str, device: str | None, threads: int | None = None) -> dict[str, Any]:
+def execute(
+    run: PlannedRun, logs: str, device: str | None, threads: int | None = None, lock: IO[str] | None = None
+) -> dict[str, Any]:
     """Run one process to its end; its output goes to `output.txt` in the run's folder.
 
     Args:
@@ -154,6 +156,7 @@ def execute(run: PlannedRun, logs: str, device: str | None, threads: int | None 
         logs: where the studies are.
         device: the only CUDA device that the process sees; None leaves it all there are.
         threads: of the process on the CPU, unless OMP_NUM_THREADS says so already.
+        lock: of the run's folder; the process holds it too, should this one be killed.
 
     Returns:
         The run's record: status, exit_code, seconds, command, experiment.
@@ -169,6 +172,7 @@ def execute(run: PlannedRun, logs: str, device: str | None, threads: int | None 
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
+            pass_fds=[] if lock is None else [lock.fileno()],
             check=False,
         ).returncode
     status = run.status(logs) if code in (0, DIVERGED_EXIT_CODE) else "failed"
@@ -238,10 +242,10 @@ def sweep(
         folder = Path(logs, run.study, run.name)
         device = slots.get()
         try:
-            with lock_run(folder):
+            with lock_run(folder) as lock:
                 if run.status(logs) in DONE:
                     return run, "made by another sweep meanwhile"
-                record = copy_twin(run, logs) or execute(run, logs, device, threads)
+                record = copy_twin(run, logs) or execute(run, logs, device, threads, lock)
                 with atomic_write(folder / "record.json", "w") as output:
                     json.dump(record, output, indent=1)
                 return run, record

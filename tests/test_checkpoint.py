@@ -550,7 +550,7 @@ def elsewhere(tmp_path: Path) -> Iterator[Path]:
         yield Path(directory)
 
 
-@pytest.mark.parametrize(("rounds", "size"), [(12, 500_000), pytest.param(60, 4_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("rounds", "size"), [(12, 500_000), pytest.param(25, 4_000_000, marks=pytest.mark.slow)])
 def test_a_process_killed_while_it_saves_over_and_over_loses_at_most_the_save_it_was_in(
     tmp_path: Path,
     elsewhere: Path,

@@ -113,18 +113,26 @@ def test_a_run_ends_in_time_with_slow_validation_text_and_saving(
     assert rate == pytest.approx(lowest) if follow == "clock" else rate > 10 * lowest
 
 
-def test_a_run_with_no_time_for_a_step_after_a_validation_validates_once(
-    fit: Fit, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("limit", "longer"), [(12, 0.0), (15, 0.5)])
+def test_a_run_that_its_clock_ends_at_a_validation_does_not_repeat_it_a_step_later(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, limit: int, longer: float
 ) -> None:
-    """A step takes 0.1 s, a validation with its text and checkpoint 1 s: after the second one the time is up."""
-    machine = SlowMachine(monkeypatch, step=0.1, validation=0.1, save=0.2, sample=0.2)
-    arguments = ["--model.schedule.follow=clock", "--trainer.max_steps=100000", "--data.val_batch_size=4"]
-    arguments += ["--run.validate_every_n_steps=10", "--run.max_minutes=0.1084"]
-    assert fit(*arguments, started=machine.now) == 0
-    assert [row["step"] for row in rows(RUN) if "val/loss" in row] == [10, 20]
+    """Foreseen, with the lowest rate in the last update; or because this validation takes longer than any before."""
+    machine = SlowMachine(monkeypatch, 0.1, validation=0.1, save=0.3, sample=0.4)
+
+    def take_longer(module: Any) -> None:
+        if module.trainer.global_step == 20:
+            machine.wait(longer)
+
+    before(monkeypatch, LanguageModel, "validation_step", take_longer)
+    arguments = ["--trainer.max_steps=100000", "--data.val_batch_size=4", f"--run.max_minutes={limit / 60}"]
+    arguments += ["--run.validate_every_n_steps=20", "--model.schedule.follow=clock"]
+    assert fit(*arguments, started=95.0) == 0
+    assert [row["step"] for row in rows(RUN) if "val/loss" in row] == [20]
     assert summary()["steps"] == 20
-    assert summary()["used_seconds"] < 60 * 0.1084
-    assert [row["lr"] for row in rows(RUN) if "lr" in row][-1] == pytest.approx(0.02 * 5e-3)
+    assert machine.now - 95 < limit
+    if not longer:
+        assert [row["lr"] for row in rows(RUN) if "lr" in row][-1] == pytest.approx(0.02 * 5e-3)
 
 
 @pytest.mark.slow

@@ -574,18 +574,14 @@ def test_two_ranks_stop_together_when_one_of_them_is_signalled(job: Callable[...
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_what_one_learns_from_batches_of_both(job: Callable[..., Job]) -> None:
-    variants = {
-        "ranks": TWO_RANKS,
-        "batch": [],
-        "accumulation": ["--data.batch_size=2", "--trainer.accumulate_grad_batches=2"],
-    }
-    results = {}
+def test_two_ranks_learn_what_one_learns_from_batches_of_both(job: Callable[..., Job], fit: Callable[..., int]) -> None:
+    run = job(*TWO_RANKS, "--run.name=ranks", "--data.val_batch_size=3")
+    variants = {"batch": [], "accumulation": ["--data.batch_size=2", "--trainer.accumulate_grad_batches=2"]}
     for name, arguments in variants.items():
-        run = job(*arguments, f"--run.name={name}", "--data.val_batch_size=3")
-        code, output = run.end()
-        assert code == 0, output
-        results[name] = rows(run.run)
+        assert fit(*arguments, f"--run.name={name}", "--data.val_batch_size=3") == 0
+    code, output = run.end()
+    assert code == 0, output
+    results = {name: rows(run.run.parents[1] / name / "version_0") for name in ("ranks", *variants)}
     for name in ("batch", "accumulation"):
         for row, expected in zip(results[name], results["ranks"], strict=True):
             assert row.keys() == expected.keys()

@@ -204,7 +204,7 @@ def test_the_number_of_threads_hardly_matters(runs: Runs) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_stopped_after_any_number_of_batches_equals_the_unbroken_one(runs: Runs, variant: str) -> None:
-    num_steps, every = {"plain": (12, 1), "accumulation": (6, 1)}.get(variant, (24, 6))
+    num_steps, every = {"plain": (12, 1), "accumulation": (6, 1)}.get(variant, (24, 8))
     arguments = [*VARIANTS[variant], f"--trainer.max_steps={num_steps}", "--run.validate_every_n_steps=5"]
     assert runs.fit("whole", *arguments) == 0
     for count in range(1, len(runs.batches) + 1, every):
