@@ -400,10 +400,11 @@ def report(study: str, logs: str = "logs") -> None:
             plot_curves(groups, against, folder / name)
             lines.append(f"![loss against {title}]({name}.png)")
         setting = numeric_setting(groups)
-        if setting and len(lines_over(groups, setting)) > 10:  # more than there are colours
+        num_lines = len(lines_over(groups, setting)) if setting else 0
+        if num_lines > 10 or num_lines == len(groups):  # more than there are colours, or single points
             plot_ranking(groups, folder / "final_loss")
             lines.insert(1, "![final loss of each](final_loss.png)")
-        elif setting:
+        elif setting is not None:
             plot_final_loss(groups, setting, folder / "final_loss")
             lines.insert(1, f"![final loss against {setting}](final_loss.png)")
     except ModuleNotFoundError:
