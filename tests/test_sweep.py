@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from lm.checkpoint import lock_run
+from lm.checkpoint import InUseError, lock_run
 from lm.sweep import PlannedRun, plan, sweep
 
 
@@ -154,6 +154,26 @@ def test_a_run_that_another_sweep_makes_is_left_to_it(
     assert said.count("finished in") == len(list(logs.rglob("record.json"))) == 6
     sweep(str(grid), scale="cpu", logs=str(logs))
     assert f"{runs[1].name}: finished in" in capsys.readouterr().out
+
+
+def test_a_run_keeps_its_lock_when_its_sweep_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm import sweep as module
+
+    children = []
+
+    def start(command: list[str], pass_fds: list[int], **_: object) -> SimpleNamespace:
+        waits = [sys.executable, "-c", "input()"]
+        children.append(subprocess.Popen(waits, stdin=subprocess.PIPE, pass_fds=pass_fds))
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=start, STDOUT=subprocess.STDOUT))
+    run = PlannedRun("study", "run", (), ())
+    with lock_run(tmp_path / "study" / "run") as lock:
+        module.execute(run, str(tmp_path), None, lock=lock)
+    with pytest.raises(InUseError, match="is in use by process"):
+        lock_run(tmp_path / "study" / "run")
+    children[0].communicate(b"\n")
+    lock_run(tmp_path / "study" / "run").close()
 
 
 def test_the_device_reaches_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Lists of ints to arrays and back, in the memory of Python itself.
+"""Lists of ints from arrays, and to the bytes that they stand for, in the memory of Python itself.
 
 `tolist` makes a new int of each element, which takes as long as encoding the text does. Here every id exists as an int
 once, and a list of ids only refers to those. That needs a few facts about CPython, which hold where `KNOWN` says so: an
