@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -262,24 +261,6 @@ class TestBadInput:
         for _ in range(5):
             with pytest.raises(ValueError, match="byte 200 "):
                 encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy", num_threads=4)
-
-
-def test_a_device_that_fails_while_others_encode_is_said(
-    tokenizer: Tokenizer, tmp_path: Path, tiny_chunks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = os.fsync
-
-    def fail(file: int) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            raise OSError(errno.EIO, "Input/output error")
-        real(file)
-
-    (tmp_path / "x.txt").write_bytes(random_text(7, 1500).encode())
-    monkeypatch.setattr(encode, "FLUSH_SECONDS", 0)
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="Input/output error"):
-        encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy", num_threads=2)
-    assert not (tmp_path / "x.npy").exists()
 
 
 class TestInterruption:

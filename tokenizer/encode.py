@@ -39,7 +39,7 @@ from tokenizer.chunks import (
 from tokenizer.progress import progress_bar
 
 CHUNK_BYTES = 1 << 21
-FLUSH_SECONDS = 0.05  # between two flushes to the device while the threads encode
+FLUSH_SECONDS = 0.05
 JOURNAL_SECONDS = 5.0  # at most this much work is lost when the process is killed
 SMALL_BYTES = 1 << 19  # up to here no kernel is loaded: it would take longer than the work
 HEADER_BYTES = 128  # of an .npy file, whatever the number of ids in it
@@ -165,25 +165,21 @@ def _encode_chunks(
             writer.stop_waiting()
 
     with (
-        ThreadPoolExecutor(num_threads + 1) as pool,
+        ThreadPoolExecutor(num_threads) as pool,
         progress_bar("encoding", reader.num_bytes, "bytes", progress) as show,
     ):
-        encoded = threading.Event()
-        flushed = pool.submit(writer.flush_until, encoded)
         try:
             futures = [pool.submit(work, encoder)]
             futures += [pool.submit(work, encoder.copy()) for _ in range(num_threads - 1)]
-            while wait(futures, timeout=0.1).not_done:
+            while wait(futures, timeout=FLUSH_SECONDS).not_done:
+                os.fsync(writer.file)  # the device writes while the threads encode, and has little left at the end
                 show(writer.done.num_bytes)
         except BaseException:
             reader.stopped = True
             raise
-        finally:
-            encoded.set()
     failures = [(number, error) for number, error in errors if not isinstance(error, _StoppedWaiting)]
     if failures:
         raise min(failures, key=lambda failure: failure[0])[1]
-    flushed.result()
 
 
 class ShardReader(ChunkReader):
@@ -297,7 +293,8 @@ class TokenWriter:
         self.job = json.loads(json.dumps(job))
         self.expected_bytes = num_bytes
         self.separator_id = tokenizer.special_ids.get(SEPARATOR, -1)
-        self.is_blank = np.array([not tokenizer.vocab.get(i, b"").strip() for i in range(tokenizer.vocab_size)])
+        self.is_blank = np.zeros(tokenizer.vocab_size, bool)
+        self.is_blank[[i for i, token in tokenizer.vocab.items() if not token.strip()]] = True
         self.turn = threading.Condition()
         self.failed = False
         self.start_over()
@@ -386,11 +383,6 @@ class TokenWriter:
         with self.turn:
             self.failed = True
             self.turn.notify_all()
-
-    def flush_until(self, encoded: threading.Event) -> None:
-        """Let the device write while others encode: else nothing else would happen while it does, at the end."""
-        while not encoded.wait(FLUSH_SECONDS):
-            os.fsync(self.file)
 
     def finish(self) -> dict[str, Any]:
         """Put the part file under its final name; the record of the ids."""

@@ -162,24 +162,24 @@ def merge_short(ids: NDArray[np.uint32], count: int, ranks: NDArray[np.uint32], 
     Args:
         ranks: of the merge of each id with the next.
     """
-    pairs = rules.pairs
-    while count > 1:
-        best, lowest = 0, ranks[0]
-        for i in range(1, count - 1):
+    pairs, size = rules.pairs, Word(count)
+    while size > ONE:
+        best, lowest = NONE, ranks[0]
+        for i in range(ONE, size - ONE):
             best = i if ranks[i] < lowest else best
             lowest = min(lowest, ranks[i])
         if lowest == NO_MERGE:
             break
         ids[best] = product_of(lowest, rules)
-        count -= 1
-        for i in range(best + 1, count):
-            ids[i] = ids[i + 1]
-            ranks[i - 1] = ranks[i]
-        if best > 0:
-            ranks[best - 1] = find_merge(ids[best - 1], ids[best], pairs)
-        if best + 1 < count:
-            ranks[best] = find_merge(ids[best], ids[best + 1], pairs)
-    return count
+        size -= ONE
+        for i in range(best + ONE, size):
+            ids[i] = ids[i + ONE]
+            ranks[i - ONE] = ranks[i]
+        if best > NONE:
+            ranks[best - ONE] = find_merge(ids[best - ONE], ids[best], pairs)
+        if best + ONE < size:
+            ranks[best] = find_merge(ids[best], ids[best + ONE], pairs)
+    return np.int64(size)
 
 
 @kernel
@@ -369,11 +369,13 @@ def same_bytes(text: NDArray[np.uint8], begin: Word, length: Word, spill: NDArra
 def merge_pretoken(text: NDArray[np.uint8], begin: int, length: int, rules: Rules, work: Work) -> int:
     """Write the ids of the pre-token text[begin : begin + length] to `work.ids`; their number."""
     ids, ranks = work.ids, work.ranks
-    for i in range(length - 1):
-        ids[i] = rules.byte_ids[text[begin + i]]
-        ranks[i] = rules.byte_pairs[np.int64(text[begin + i]) << 8 | np.int64(text[begin + i + 1])]
-    ids[length - 1] = rules.byte_ids[text[begin + length - 1]]
-    ranks[length - 1] = NO_MERGE
+    place, last = Word(begin), Word(length - 1)
+    for i in range(last):
+        first, second = Word(text[place + i]), Word(text[place + i + ONE])
+        ids[i] = rules.byte_ids[first]
+        ranks[i] = rules.byte_pairs[first << Word(8) | second]
+    ids[last] = rules.byte_ids[Word(text[place + last])]
+    ranks[last] = NO_MERGE
     if length <= MAX_QUADRATIC_BYTES:
         return merge_short(ids, length, ranks, rules)
     return merge_long(ids, length, work, rules)
