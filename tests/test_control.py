@@ -91,13 +91,14 @@ class SlowMachine:
         self.now += seconds
 
 
-@pytest.mark.parametrize("follow", ["clock", "steps"])
+@pytest.mark.parametrize(("follow", "shape"), [("clock", "cosine"), ("clock", "trapezoid"), ("steps", "cosine")])
 @pytest.mark.parametrize("step_seconds", [0.1, 0.5])
 def test_a_run_ends_in_time_with_slow_validation_text_and_saving(
-    fit: Fit, monkeypatch: pytest.MonkeyPatch, follow: str, step_seconds: float
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, follow: str, shape: str, step_seconds: float
 ) -> None:
     machine = SlowMachine(monkeypatch, step_seconds, validation=0.1, save=0.3, sample=0.4)  # a validation has 6 batches
-    arguments = [f"--model.schedule.follow={follow}", "--trainer.max_steps=100000", "--data.val_batch_size=4"]
+    arguments = [f"--model.schedule.follow={follow}", f"--model.schedule.shape={shape}", "--data.val_batch_size=4"]
+    arguments += ["--trainer.max_steps=100000"]
     assert fit(*arguments, "--run.max_minutes=0.2", "--run.validate_every_n_steps=1000", started=95.0) == 0
     used, last = machine.now - 95, summary()
     assert last["status"] == "finished"
@@ -109,8 +110,11 @@ def test_a_run_ends_in_time_with_slow_validation_text_and_saving(
     assert rows(RUN)[-1]["step"] == last["steps"], "the last row is a validation of the last step"
     assert (RUN / f"checkpoints/step-{last['steps']:06d}.ckpt").is_file()
     lowest = 0.02 * 5e-3
-    rate = [row["lr"] for row in rows(RUN) if "lr" in row][-1]
-    assert rate == pytest.approx(lowest) if follow == "clock" else rate > 10 * lowest
+    rates = [row["lr"] for row in rows(RUN) if "lr" in row]
+    assert rates[-1] == pytest.approx(lowest) if follow == "clock" else rates[-1] > 10 * lowest
+    if shape == "trapezoid":
+        falls = [before - after for before, after in itertools.pairwise(rates) if after < 0.99 * before]
+        assert falls[1:-1] == pytest.approx([falls[1]] * (len(falls) - 2), rel=0.05), "in a straight line"
 
 
 @pytest.mark.parametrize(("limit", "longer"), [(12, 0.0), (15, 0.5)])

@@ -538,6 +538,26 @@ def test_slurm_is_asked_to_start_a_pre_empted_job_again(job: Callable[..., Job],
     check_whole(run.run)
 
 
+@pytest.mark.slow
+def test_of_two_that_resume_one_run_at_once_one_is_refused(job: Callable[..., Job]) -> None:
+    assert job().end()[0] == 0
+    pair = [job(*ENDLESS, "--resume=auto") for _ in range(2)]
+    end = time.monotonic() + 120
+    while all(run.process.poll() is None for run in pair):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    refused, goes_on = sorted(pair, key=lambda run: run.process.poll() is None)
+    code, output = refused.end()
+    assert code == 2, output
+    assert "is in use by process" in output
+    goes_on.wait_for_checkpoint(50)
+    goes_on.process.send_signal(signal.SIGTERM)
+    code, output = goes_on.end()
+    assert code == 143, output
+    assert check_whole(goes_on.run)["global_step"] >= 50
+    assert [path.name for path in goes_on.run.parent.iterdir()] == ["version_0"]
+
+
 # --------------------------------------------------------------------------------------------------- several ranks
 
 

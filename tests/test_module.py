@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -57,6 +58,21 @@ def test_the_rate_rises_to_the_highest_and_ends_at_the_lowest_with_the_last_upda
     assert rates[9] == pytest.approx(2.0)
     assert rates[-1] == pytest.approx(0.2)
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+
+
+def test_the_running_loss_weighs_each_token_alike_in_whatever_parts_it_comes() -> None:
+    losses, counts = torch.rand(7, dtype=torch.float64), [1, 20, 3, 512, 7, 1, 90]
+    whole, *ranks = TokenLoss(), TokenLoss(), TokenLoss()
+    for i, (loss, count) in enumerate(zip(losses, counts, strict=True)):
+        whole.update(loss, count)
+        ranks[i % 2].update(loss, count)
+    expected = np.average(losses, weights=counts)
+    assert float(whole.compute()) == pytest.approx(expected, rel=1e-14)
+    ranks[0].merge_state(ranks[1])
+    assert float(ranks[0].compute()) == pytest.approx(expected, rel=1e-14)
+    whole.reset()
+    whole.update(torch.tensor(2.0), 5)
+    assert float(whole.compute()) == 2.0
 
 
 def test_a_resumed_schedule_is_the_one_given_now() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lm.control import SIGNALS
 from lm.grammar import write_corpus
 
 ROOT = Path(__file__).parents[1]
@@ -27,12 +28,29 @@ RUN_BY_CI = ("pip install", "pytest")  # .ci/run
 NEEDS_NETWORK = ("tinystories", "owt")
 
 
-def readme_commands() -> list[str]:
-    """Every command in a `sh` block."""
+def readme_lines(kind: str) -> list[str]:
+    """Every line in a block of this kind; continued ones as one."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in (line.split(" #")[0].strip() for line in lines) if line]
+    blocks = re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)
+    return [line.strip() for line in "\n".join(blocks).replace("\\\n", " ").splitlines()]
+
+
+def readme_commands() -> list[str]:
+    """Every command in a `sh` block; and those that torchrun and SLURM start, as they are in each process."""
+    commands = [line.split(" #")[0].strip() for line in readme_lines("sh")]
+    started = [re.match(r"(?:torchrun|srun) .*?(-m lm .*)", line) for line in readme_lines("text")]
+    return [command for command in commands if command] + [f"python {match[1]}" for match in started if match]
+
+
+def test_the_slurm_script_asks_for_a_signal_that_a_run_heeds_and_for_its_own_return() -> None:
+    directives = " ".join(line for line in readme_lines("text") if line.startswith("#SBATCH"))
+    [name] = re.findall(r"--signal (SIG\w+)@\d+", directives)
+    assert signal.Signals[name] in SIGNALS
+    assert "--requeue" in directives
+    assert "--open-mode append" in directives
+    [command] = [line for line in readme_lines("text") if line.startswith("srun")]
+    assert "--resume auto" in command
+    assert "--run.name" in command
 
 
 def test_the_readme_says_what_ci_runs() -> None:
