@@ -225,8 +225,9 @@ def tables_to_arrays(tables: "Sequence[Table]") -> PretokenCounts:
 
     total, *others = sorted(tables, key=lambda table: int(table.used[0]), reverse=True)
     for other in others:
-        slots, arena_bytes = other.used.tolist()
-        total = grown(total, slots, arena_bytes)
+        slots, arena_bytes = (total.used + other.used).tolist()
+        if slots > 7 * (len(total.slots) // 4) // 8 or arena_bytes > len(total.arena):  # most are in both
+            total = grown(total, *other.used.tolist())
         add_table(total, other)
     num = int(total.used[0])
     result = PretokenCounts(

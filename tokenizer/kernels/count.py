@@ -141,11 +141,12 @@ def count_starts(text: NDArray[np.uint8], starts: NDArray[np.uint32], num: int, 
     """Count the `num` pre-tokens that begin at `starts`; each ends where the next begins."""
     lows, highs, homes = scratch.lows, scratch.highs, scratch.homes
     slots, arena, used, shift, hash_mask = table
-    for first in range(0, num, BATCH):
-        size = min(BATCH, num - first)
+    # Indices are unsigned because Numba asks of each signed one whether it is negative.
+    for first in range(NONE, Word(num), Word(BATCH)):
+        size = min(Word(BATCH), Word(num) - first)
         for i in range(size):
             start = np.int64(starts[first + i])
-            low, high = key_of(text, start, np.int64(starts[first + i + 1]) - start, hash_mask)
+            low, high = key_of(text, start, np.int64(starts[first + i + ONE]) - start, hash_mask)
             home = (hash_key(low, high) & hash_mask) >> shift
             prefetch(slots, np.int64(home) * 32)
             lows[i], highs[i], homes[i] = low, high, home
@@ -206,26 +207,18 @@ def count_text(
 @kernel
 def add_table(table: Table, other: Table) -> None:
     """Add the counts of `other`, for which `table` must have room."""
-    ahead = 16
-    slots = other.slots
-    for i in range(0, len(slots), 4):
-        j = i + 4 * ahead
-        if j < len(slots) and slots[j + 1] != NONE:
-            home = (hash_key(slots[j], slots[j + 1]) & table.hash_mask) >> table.shift
+    ahead = Word(16) * SLOT
+    slots, num_words = other.slots, Word(len(other.slots))
+    for i in range(NONE, num_words, SLOT):
+        j = i + ahead
+        if j < num_words and slots[j + ONE] != NONE:
+            home = (hash_key(slots[j], slots[j + ONE]) & table.hash_mask) >> table.shift
             prefetch(table.slots, np.int64(home) * 32)
-        if slots[i + 1] != NONE:
-            home = (hash_key(slots[i], slots[i + 1]) & table.hash_mask) >> table.shift
-            add(
-                table.slots,
-                table.arena,
-                table.used,
-                home,
-                slots[i],
-                slots[i + 1],
-                slots[i + 2],
-                other.arena,
-                np.int64(slots[i + 3]),
-            )
+        low, high, count = slots[i], slots[i + ONE], slots[i + Word(2)]
+        if high != NONE:
+            home = (hash_key(low, high) & table.hash_mask) >> table.shift
+            place = np.int64(slots[i + Word(3)])
+            add(table.slots, table.arena, table.used, home, low, high, count, other.arena, place)
 
 
 @kernel

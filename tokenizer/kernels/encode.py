@@ -10,7 +10,7 @@ leftmost of equals. The first looks through all pairs for each merge; the second
 list, so that a pre-token of n bytes takes about as long as n short ones.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,7 +156,7 @@ def product_of(rank: int, rules: Rules) -> np.uint32:
 
 
 @inline_kernel
-def merge_short(ids: NDArray[np.uint32], count: int, ranks: NDArray[np.uint32], rules: Rules) -> int:
+def merge_short(ids: NDArray[np.uint32], count: int, ranks: NDArray[np.uint32], rules: Rules) -> Any:
     """Merge `ids[:count]` in place; the new count. Quadratic: for short pre-tokens, where it is the fastest.
 
     Args:
@@ -166,7 +166,7 @@ def merge_short(ids: NDArray[np.uint32], count: int, ranks: NDArray[np.uint32], 
     while size > ONE:
         best, lowest = NONE, ranks[0]
         for i in range(ONE, size - ONE):
-            best = i if ranks[i] < lowest else best
+            best = Word(i) if ranks[i] < lowest else best
             lowest = min(lowest, ranks[i])
         if lowest == NO_MERGE:
             break

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.kernels.machine import ONE, kernel, prefetch
+from tokenizer.kernels.machine import NONE, ONE, kernel, prefetch
 
 Word = np.uint64
 
@@ -220,18 +220,19 @@ def best_pair(state: State) -> int:
 @kernel
 def lay_out(text: NDArray[np.uint8], offsets: NDArray[np.int64], counts: NDArray[np.int64], words: Words) -> None:
     """Lay out the pre-tokens text[offsets[i] : offsets[i + 1]] that have two bytes and more, a slot per byte."""
-    slot, word = 0, 0
-    words.slots[0] = SEPARATOR
-    for i in range(len(counts)):
-        if offsets[i + 1] - offsets[i] < 2:
+    slot, word = NONE, NONE  # unsigned: of each signed index Numba asks whether it is negative
+    words.slots[slot] = SEPARATOR
+    for i in range(Word(len(counts))):
+        begin, end = Word(offsets[i]), Word(offsets[i + ONE])
+        if end - begin < Word(2):
             continue
         words.counts[word] = counts[i]
-        for position in range(offsets[i], offsets[i + 1]):
-            slot += 1
+        for position in range(begin, end):
+            slot += ONE
             words.slots[slot], words.word_at[slot] = text[position], word
-        slot += 1
+        slot += ONE
         words.slots[slot] = SEPARATOR
-        word += 1
+        word += ONE
 
 
 @kernel
@@ -242,31 +243,32 @@ def index_pairs(state: State) -> int:
         DONE, or NEEDS_ROOM for more pairs or places.
     """
     slots, word_at, counts = state.words
-    pairs, numbers = state.pairs, state.numbers
+    pairs, numbers, offsets = state.pairs, state.numbers, state.tokens.offsets
     numbers[NUM_PAIRS] = numbers[QUEUE_SIZE] = numbers[PLACES_USED] = 0
     for slot in range(0, len(pairs.table), 2):
         pairs.table[slot] = 0
     for counting in (True, False):
-        first_place = 1
-        while first_place < len(slots):
+        first_place = ONE
+        while first_place < Word(len(slots)):
             first = slots[first_place]
             if first == SEPARATOR:
-                first_place += 1
+                first_place += ONE
                 continue
-            second_place = first_place + state.tokens.offsets[first + 1] - state.tokens.offsets[first]
+            second_place = first_place + Word(offsets[Word(first) + ONE] - offsets[Word(first)])
             second = slots[second_place]
             if second != SEPARATOR:
                 pair = find_pair(pairs, first, second)
+                if pair < 0:
+                    if numbers[NUM_PAIRS] == len(pairs.firsts):
+                        return NEEDS_ROOM
+                    pair = new_pair(pairs, numbers, first, second, 0, 0, 0)
+                i = Word(pair)
                 if counting:
-                    if pair < 0:
-                        if numbers[NUM_PAIRS] == len(pairs.firsts):
-                            return NEEDS_ROOM
-                        pair = new_pair(pairs, numbers, first, second, 0, 0, 0)
-                    pairs.counts[pair] += counts[word_at[first_place]]
-                    pairs.lengths[pair] += 1
-                elif pairs.counts[pair] >= numbers[CUTOFF]:
-                    state.places[pairs.begins[pair] + pairs.lengths[pair]] = first_place
-                    pairs.lengths[pair] += 1
+                    pairs.counts[i] += counts[Word(word_at[first_place])]
+                    pairs.lengths[i] += 1
+                elif pairs.counts[i] >= numbers[CUTOFF]:
+                    state.places[Word(pairs.begins[i] + pairs.lengths[i])] = first_place
+                    pairs.lengths[i] += 1
             first_place = second_place
         if counting:
             for pair in range(numbers[NUM_PAIRS]):
