@@ -196,6 +196,7 @@ class RunControl(Checkpoint):
         self._restored_rng: dict[str, Any] | None = None
         self.lock: IO[str] | None = None
         self.saved: Path | None = None
+        self.training_began: float | None = None  # seconds of the run
         self._agreed_signal = 0
 
     # ---------------------------------------------------------------------------------------------------- begin
@@ -228,6 +229,8 @@ class RunControl(Checkpoint):
         if self._restored_rng is not None:
             set_rng_state(self._restored_rng)
         self._synchronise(trainer, pl_module, trainer.global_step)
+        if self.training_began is None:
+            self.training_began = self.clock.at(trainer.global_step)
         if self.config.max_minutes is not None:
             if self.save_seconds == 0:
                 self.save(trainer)
@@ -296,10 +299,15 @@ class RunControl(Checkpoint):
         return max(1e-3, 60 * self.config.max_minutes - self.reserve_seconds)
 
     def _follow_the_clock(self, module: Any, step: int) -> None:
-        """Set the rate of the update after `step`: that of the time at its end, of the run's end if it is the last."""
+        """Set the rate of the update after `step`: that of the time at its end, of the run's end if it is the last.
+
+        What came before the first update, such as encoding the corpus, is part of the limit but not of the schedule.
+        """
         if self.config.max_minutes is not None:
+            began = self.training_began or 0.0
             last = self._time_is_up(step + 1, self._validates(module.trainer, step + 1))
-            module.clock_progress = 1.0 if last else self.clock.at(step + 1) / self._training_seconds
+            share = (self.clock.at(step + 1) - began) / max(1e-3, self._training_seconds - began)
+            module.clock_progress = 1.0 if last else share
             module.lr_schedulers().apply()  # Lightning has set it already, by what was known an update ago
 
     def _validates(self, trainer: Trainer, step: int) -> bool:
@@ -375,6 +383,7 @@ class RunControl(Checkpoint):
         """What a resumed run goes on with."""
         return {
             "seconds": self.clock.now() + self.save_seconds,  # this very save has yet to be written
+            "training_began": self.training_began,
             "validation_pending": self.validation_pending,
             "validation_seconds": self.validation_seconds,
             "save_seconds": self.save_seconds,
@@ -385,6 +394,7 @@ class RunControl(Checkpoint):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.clock.previous = state["seconds"]
+        self.training_began = state.get("training_began", 0.0)  # a checkpoint from before it was kept
         self.validation_pending = state["validation_pending"]
         self.validation_seconds, self.save_seconds = state["validation_seconds"], state["save_seconds"]
         self.best_loss, self.last_loss = state["best_loss"], state["last_loss"]

@@ -219,7 +219,7 @@ class LanguageModel(LightningModule):
         step_loss: mean loss of the micro-batches of the running update, nats per token, on this rank.
         grad_norm: norm of all gradients before clipping at the last update.
         nonfinite: True on the device once a loss or gradient norm was NaN or infinite.
-        clock_progress: share of the time that has gone by, kept by `RunControl`; None without a cap.
+        clock_progress: share of the time for training that has gone by, kept by `RunControl`; None without a cap.
     """
 
     model: TransformerLM

@@ -113,8 +113,8 @@ def test_a_run_ends_in_time_with_slow_validation_text_and_saving(
     rates = [row["lr"] for row in rows(RUN) if "lr" in row]
     assert rates[-1] == pytest.approx(lowest) if follow == "clock" else rates[-1] > 10 * lowest
     if shape == "trapezoid":
-        falls = [before - after for before, after in itertools.pairwise(rates) if after < 0.99 * before]
-        assert falls[1:-1] == pytest.approx([falls[1]] * (len(falls) - 2), rel=0.05), "in a straight line"
+        highest = sum(rate == pytest.approx(5e-3) for rate in rates)
+        assert highest == pytest.approx(0.7 * len(rates) - 1, abs=1), "the start of the process takes nothing from it"
 
 
 @pytest.mark.parametrize(("limit", "longer"), [(12, 0.0), (15, 0.5)])
