@@ -19,6 +19,8 @@ BOARD = (
     "leaderboard.yaml",
     "leaderboard_windows.yaml",
     "leaderboard_depth.yaml",
+    "leaderboard_width.yaml",
+    "leaderboard_width_rates.yaml",
     "leaderboard_vocab_rates.yaml",
     "leaderboard_vocab.yaml",
 )  # no study of the course, and hours of a GPU
