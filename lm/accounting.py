@@ -101,6 +101,8 @@ def parameters(config: TransformerConfig) -> dict[str, int]:
         parts["norms"] = (2 * layers + 1) * d
     if config.head == "untied":
         parts["output head"] = config.vocab_size * d
+    if config.qk_norm:
+        parts["norms of queries and keys"] = layers * 2 * config.d_head
     if config.gated_attention:
         parts["gates of the heads"] = layers * config.num_heads * d
     if config.value_embeddings:
@@ -235,6 +237,8 @@ def kept_by_block(
         parts.append(Memory("mixed values", "BTd", tokens * d, narrow))
         parts.append(Memory("attention scores and exponentials", "2·BhT²", 2 * scores, 4))
         parts.append(Memory("attention weights", "BhT²", scores, narrow))
+    if config.qk_norm:
+        parts.append(Memory("queries and keys before their norms", "2·BTd", 2 * tokens * d, narrow))
     if config.gated_attention:
         parts.append(Memory("gated values", "BTd", tokens * d, narrow))
     inner = 2 if config.ffn == "relu2" else 3

@@ -42,6 +42,7 @@ RECIPE = {
     "model.transformer.ffn=relu2": "Feed-forward layers with ReLU squared instead of SwiGLU.",
     "model.transformer.head=tied": "One matrix for the token embeddings and the head.",
     "model.transformer.init=zero_output": "Zeros at first in the last matrix of each sub-layer and in an untied head.",
+    "model.transformer.qk_norm=True": "RMSNorm on the queries and keys of each head.",
     "model.transformer.gated_attention=True": "Each head's output is multiplied by a gate on the layer's input.",
     "model.transformer.value_embeddings=True": "Every other layer adds an embedding of the token to its values.",
     "model.optimizer.matrices=muon": "Muon moves the blocks' matrices, AdamW everything else.",

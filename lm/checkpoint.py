@@ -521,6 +521,7 @@ def _settings_behind(
             r"lm_head": "head",
             r".*\bln": "norm",
             r".*\bffn\.w3": "ffn",
+            r".*\b[qk]_norm": "qk_norm",
             r".*\bgate\b": "gated_attention",
             r"value_embeddings": "value_embeddings",
         }

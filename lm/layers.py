@@ -249,6 +249,8 @@ class MultiHeadSelfAttention(Module):
         device: of the parameters.
         dtype: of the parameters.
         attention: "scratch" is `lm.functional.causal_attention`, "fused" torch's library kernel.
+        qk_norm: RMSNorm, with gains, on every head's queries and keys (Dehghani et al. 2023; Henry et al. 2020), so
+            that no score can grow without bound.
         gated: multiply the output of each head by 2 sigmoid(W_g x), which is 1 at first: a head can keep quiet where it
             has found nothing (Qiu et al. 2025).
 
@@ -265,6 +267,7 @@ class MultiHeadSelfAttention(Module):
         dtype: torch.dtype | None = None,
         *,
         attention: Literal["scratch", "fused"] = "scratch",
+        qk_norm: bool = False,
         gated: bool = False,
     ) -> None:
         super().__init__()
@@ -277,7 +280,10 @@ class MultiHeadSelfAttention(Module):
         self.k_proj = Linear(d_model, d_model, device, dtype)
         self.v_proj = Linear(d_model, d_model, device, dtype)
         self.output_proj = Linear(d_model, d_model, device, dtype)
-        self.gated = gated
+        self.qk_norm, self.gated = qk_norm, gated
+        if qk_norm:
+            self.q_norm = RMSNorm(d_model // num_heads, device=device, dtype=dtype)
+            self.k_norm = RMSNorm(d_model // num_heads, device=device, dtype=dtype)
         if gated:
             self.gate = Linear(d_model, num_heads, device, dtype)
             self.gate.weight.data.zero_()
@@ -302,6 +308,8 @@ class MultiHeadSelfAttention(Module):
         # for a single position, joining the weights would cost more than the product does
         qkv = torch.cat([x @ w.T for w in weights], -1) if x.shape[-2] == 1 else x @ torch.cat(weights).T
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).movedim((-3, -2), (0, -3))  # (*batch, heads, seq, d_k)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if values is not None:
             v = v + values.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
         if self.rope is not None:

@@ -33,7 +33,7 @@ Init = Literal["standard", "zero_output"]
 
 NO_MORE = "a setting that is no more: logs/leaderboard/NOTES.md says why"
 # Settings of earlier versions, with the value that leaves the model as it is without them.
-REMOVED = {"logit_softcap": None, "qk_norm": False, "unet_skips": False}
+REMOVED = {"logit_softcap": None, "unet_skips": False}
 
 FEED_FORWARD: dict[str, type[SwiGLU | SiLUFeedForward]] = {
     "swiglu": SwiGLU,
@@ -62,6 +62,7 @@ class TransformerConfig:
         activation_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
         init: the handout's, or the same with zeros in the last matrix of each sub-layer and in an untied head, so that
             each sub-layer begins by adding nothing and all tokens are equally likely.
+        qk_norm: RMSNorm on the queries and keys of each head.
         gated_attention: each head's output times 2 sigmoid(W x), 1 at first.
         value_embeddings: every other layer, the last among them, adds a learned vector of the token, 0 at first, to the
             attention's values (Zhou et al. 2024, "Value residual learning"; the modded-nanogpt records).
@@ -85,6 +86,7 @@ class TransformerConfig:
     attention: Attention = "scratch"
     activation_checkpointing: bool = False
     init: Init = "standard"
+    qk_norm: bool = False
     gated_attention: bool = False
     value_embeddings: bool = False
 
@@ -162,6 +164,7 @@ class TransformerBlock(Module):
             device,
             dtype,
             attention=config.attention,
+            qk_norm=config.qk_norm,
             gated=config.gated_attention,
         )
         self.ffn = FEED_FORWARD[config.ffn](config.d_model, config.d_ff, device, dtype)

@@ -25,7 +25,7 @@ VARIANTS = [
 
 OPTIONS = [
     dataclasses.replace(SMALL, ffn="relu2", d_ff=192),
-    dataclasses.replace(SMALL, gated_attention=True),
+    dataclasses.replace(SMALL, qk_norm=True, gated_attention=True),
     dataclasses.replace(SMALL, value_embeddings=True, head="tied"),
 ]
 
@@ -143,8 +143,8 @@ MEMORY = TransformerConfig(vocab_size=1000, context_length=128, num_layers=4, nu
         pytest.param({"norm": "none", "position": "none"}, 8, "32-true", marks=pytest.mark.slow),
         pytest.param({"attention": "fused"}, 8, "32-true", marks=pytest.mark.slow),
         pytest.param({"attention": "fused"}, 8, "bf16-mixed", marks=pytest.mark.slow),
-        pytest.param({"gated_attention": True}, 8, "32-true", marks=pytest.mark.slow),
-        pytest.param({"gated_attention": True}, 8, "bf16-mixed", marks=pytest.mark.slow),
+        pytest.param({"qk_norm": True, "gated_attention": True}, 8, "32-true", marks=pytest.mark.slow),
+        pytest.param({"qk_norm": True, "gated_attention": True}, 8, "bf16-mixed", marks=pytest.mark.slow),
         pytest.param({"ffn": "relu2", "d_ff": 256}, 8, "32-true", marks=pytest.mark.slow),
         pytest.param({"ffn": "relu2", "d_ff": 256}, 8, "bf16-mixed", marks=pytest.mark.slow),
         pytest.param({"value_embeddings": True}, 8, "32-true", marks=pytest.mark.slow),

@@ -15,7 +15,7 @@ from lm.report import Run
 
 RUN = Path("logs/toy/version_0")
 OPTIONS = [
-    "--model.transformer.ffn=relu2",
+    "--model.transformer.qk_norm=true",
     "--model.transformer.value_embeddings=true",
     "--model.optimizer.matrices=muon",
     "--model.schedule.context_lengths={0: 8}",

@@ -108,7 +108,7 @@ def test_what_was_exported_comes_back_bit_for_bit(head: str, tmp_path: Path, sma
     "change",
     [
         *({"norm": "post"}, {"norm": "none"}, {"position": "none"}, {"ffn": "silu"}, {"ffn": "relu2"}),
-        *({"gated_attention": True}, {"value_embeddings": True}),
+        *({"qk_norm": True}, {"gated_attention": True}, {"value_embeddings": True}),
     ],
     ids=str,
 )

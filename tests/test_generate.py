@@ -56,7 +56,7 @@ def test_window_ends_with_the_text_and_is_nearly_full(num_tokens: int, context_l
     assert window_start(num_tokens + 1, context_length) >= start
 
 
-MODERN = {"gated_attention": True, "value_embeddings": True}
+MODERN = {"qk_norm": True, "gated_attention": True, "value_embeddings": True}
 
 
 @pytest.mark.parametrize("variant", [{}, {"position": "none"}, {"norm": "post", "head": "tied"}, MODERN], ids=str)

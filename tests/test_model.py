@@ -23,10 +23,12 @@ VARIANTS = [
     {"attention": "fused"},
     {"activation_checkpointing": True},
     {"ffn": "relu2"},
+    {"qk_norm": True},
     {"gated_attention": True, "num_layers": 1},
     {"value_embeddings": True, "num_layers": 4},
     {
         "ffn": "relu2",
+        "qk_norm": True,
         "gated_attention": True,
         "value_embeddings": True,
         "num_layers": 3,
@@ -203,6 +205,19 @@ def test_zero_output_begins_at_uniform_guessing_and_trains_every_matrix():
         optimizer.step()
     for name, parameter in model.named_parameters():
         assert not torch.equal(parameter, before[name]), name
+
+
+def test_qk_norm_makes_the_scores_blind_to_the_size_of_queries_and_keys():
+    model = small_model(qk_norm=True)
+    token_ids = torch.randint(40, (2, 12))
+    before = model(token_ids)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attn.q_proj.weight.mul_(100)
+            layer.attn.k_proj.weight.mul_(0.1)
+    torch.testing.assert_close(model(token_ids), before, rtol=1e-2, atol=1e-2)
+    plain = small_model()
+    assert not torch.allclose(plain(token_ids), before, atol=0.1)
 
 
 def test_value_embeddings_stand_in_every_other_layer_up_to_the_last():

@@ -106,7 +106,7 @@ def test_settings_out_of_range_are_refused(make: Callable[[], Any], message: str
 
 @pytest.mark.parametrize("matrices", ["adamw", "muon"])
 def test_every_part_of_the_model_has_its_own_rate(matrices: Any) -> None:
-    config = TransformerConfig(40, 12, 3, 2, 16, 32, value_embeddings=True)
+    config = TransformerConfig(40, 12, 3, 2, 16, 32, qk_norm=True, value_embeddings=True)
     model = TransformerLM(config)
     rates = {"matrix_lr": 0.4, "embedding_lr": 0.3, "head_lr": 0.2, "scalar_lr": 0.1}
     optimizer = OptimizerConfig(lr=0.1, matrices=matrices, **rates).make(model)
@@ -114,7 +114,7 @@ def test_every_part_of_the_model_has_its_own_rate(matrices: Any) -> None:
     assert names["layers.0.attn.q_proj.weight"] == names["layers.2.ffn.w3.weight"] == 4
     assert names["token_embeddings.weight"] == names["value_embeddings.0.weight"] == 3
     assert names["lm_head.weight"] == 2
-    assert names["layers.1.ln1.weight"] == names["ln_final.weight"] == 1
+    assert names["layers.1.attn.q_norm.weight"] == names["ln_final.weight"] == 1
     assert len(optimizer.param_groups) == 1
     if matrices == "muon":
         assert isinstance(optimizer, Muon)
@@ -270,11 +270,10 @@ def test_a_checkpoint_from_before_an_option_goes_on_and_one_of_another_optimizer
     assert fit("--trainer.max_steps=4") == 0
     path = max(RUN.glob("checkpoints/*.ckpt"))
     contents = torch.load(path, weights_only=True)
-    for name in ("init", "gated_attention", "value_embeddings"):
+    for name in ("init", "qk_norm", "gated_attention", "value_embeddings"):
         del contents["transformer"][name]
     del contents["matrices"]
-    gone = {"logit_softcap": None, "qk_norm": False, "unet_skips": False}  # options that are no more, off
-    contents["transformer"] |= gone
+    contents["transformer"] |= {"logit_softcap": None, "unet_skips": False}  # options that are no more, off
     contents["TokenDataModule"]["batch_schedule"] = {}
     torch.save(contents, "old.ckpt")
     tied = "--model.transformer.head=tied"  # as configs/builtin.yaml, which is not below a checkpoint without its run

@@ -134,6 +134,7 @@ VARIANTS = {
     "leaderboard": [
         "--model.optimizer.matrices=muon",
         "--model.optimizer.embedding_lr=0.01",
+        "--model.transformer.qk_norm=true",
         "--model.transformer.value_embeddings=true",
         "--model.schedule.context_lengths={0: 8, 50: 16}",
     ],
