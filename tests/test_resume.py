@@ -19,7 +19,7 @@ LENGTH = ["--trainer.max_steps=4", "--run.validate_every_n_steps=2", "--run.keep
 
 # What two equal runs need not share: the clock (a logged line has it), and Python's generator, from which the type
 # checks of the test run draw.
-IGNORED = {"seconds", "validation_seconds", "save_seconds", "num_bytes", "python"}
+IGNORED = {"seconds", "training_began", "validation_seconds", "save_seconds", "num_bytes", "python"}
 
 
 @pytest.fixture(scope="module")
