@@ -128,7 +128,8 @@ def unpacker(kind: type[Any]) -> Callable[..., Any]:
             return types.NamedTuple(members, annotation)
         if annotation in (int, bool):
             return types.int64 if annotation is int else types.boolean
-        return types.Array(from_dtype(np.dtype(get_args(get_args(annotation)[1])[0])), 1, "C")
+        dtype = get_args(annotation)[-1]  # of NDArray[np.uint8]: np.dtype[np.uint8], from NumPy 2.5 on np.uint8
+        return types.Array(from_dtype(np.dtype((*get_args(dtype), dtype)[0])), 1, "C")
 
     @instruction
     def unpack(typing_context: Any, words: Any) -> Any:
