@@ -481,7 +481,7 @@ class TestCache:
         words = ["".join(rng.choices(letters, k=rng.randrange(1, 30))) for _ in range(60_000)]
         text = " ".join(words + words[:20_000]).encode()
         expected = small.encode_without_loading(text.decode())
-        starts, ids = np.empty(len(text) + 1, np.uint32), np.empty(len(text) + 3, np.uint16)
+        starts, ids = np.empty(len(text) + 64, np.uint32), np.empty(len(text) + 3, np.uint16)
         for max_slots in (1 << 14, 1 << 18):
             encoder = BytesEncoder(small, first_slots=1 << 12, max_slots=max_slots)
             count = encoder.encode(np.frombuffer(text + bytes(64), np.uint8), len(text), starts, ids)
@@ -491,6 +491,7 @@ class TestCache:
     def test_memory_error_empties_the_cache(self, small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of words; the tokens of the vocabulary stay, as they were in the fresh cache."""
         encoder = BytesEncoder(small)
+        encoder.learn_vocabulary(small)
         fresh = encoder._cache.used[0]
         assert 256 < fresh <= len(small.vocab)
         text = np.frombuffer(CORPUS.encode() + bytes(64), np.uint8)
@@ -509,6 +510,7 @@ class TestCache:
 
     def test_a_vocabulary_larger_than_the_cache(self, small: Tokenizer) -> None:
         encoder = BytesEncoder(small, first_slots=1 << 8, max_slots=1 << 8)
+        encoder.learn_vocabulary(small)
         assert 0 < encoder._cache.used[0] <= 64
         text = np.frombuffer(CORPUS.encode() + bytes(64), np.uint8)
         starts, ids = np.empty(len(text), np.uint32), np.empty(len(text), np.uint16)

@@ -33,7 +33,7 @@ def scanned(
 ) -> list[bytes]:
     text = np.frombuffer(before + data + after, np.uint8)
     begin, end = len(before), len(before) + len(data)
-    starts = np.empty(len(data) + 1, kind)
+    starts = np.empty(len(data) + PADDING, kind)
     count = scan(text, begin, end, unicode_classes(), starts, 0)
     bounds = [int(start) - begin for start in starts[:count]] + [len(data)]
     return [data[a:b] for a, b in itertools.pairwise(bounds)]

@@ -214,7 +214,7 @@ def test_pretokens_equal_regex(agreed: str) -> None:
     for texts in TextSource(agreed, seed=3).batches(NUM_STRINGS):
         encoded = [text.encode() for text in texts]
         buffer = np.frombuffer(b"".join(encoded) + b"a" * 64, dtype=np.uint8)
-        starts = np.empty(len(buffer), dtype=np.int64)
+        starts = np.empty(len(buffer) + 64, dtype=np.int64)
         begin = 0
         for text, data in zip(texts, encoded, strict=True):
             end = begin + len(data)

@@ -382,6 +382,7 @@ class CompiledTokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         # All of the cache at once, so that encoding takes no more memory later.
         self.encoder = BytesEncoder(tokenizer, first_slots=1 << 18, max_slots=1 << 18)
+        self.encoder.learn_vocabulary(tokenizer)
         from tokenizer.kernels import encode, lists, strings
 
         self._kernels, self._lists, self._strings = encode, lists, strings
@@ -389,7 +390,7 @@ class CompiledTokenizer:
         self._room = np.empty(self.SCRATCH + 64, np.uint8)
         self._text = self._room.view()
         self._text.flags.writeable = False  # one compiled kernel for all texts
-        self._starts = np.empty(self.SCRATCH + 1, np.uint32)
+        self._starts = np.empty(self.SCRATCH + 64, np.uint32)
         self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         self._ids = np.empty(self.SCRATCH + 3, self._dtype)
         tokens = [tokenizer.vocab.get(token_id, b"") for token_id in range(tokenizer.vocab_size)]
@@ -413,7 +414,7 @@ class CompiledTokenizer:
             buffer, size = self._utf8(text)
             starts, ids = self._starts, self._ids
             if size > self.SCRATCH:
-                starts, ids = np.empty(size + 1, np.uint32), np.empty(size + 3, self._dtype)
+                starts, ids = np.empty(size + 64, np.uint32), np.empty(size + 3, self._dtype)
             count = self.encoder.encode(buffer, size, starts, ids)
             return ids[:count].tolist() if size <= self.SHORT else self._as_list(ids, count)
 
@@ -491,34 +492,32 @@ class BytesEncoder:
             byte_pairs=np.empty(1 << 16, np.uint32),
         )
         kernels.fill_rules(lefts, rights, self._rules)
-        self._work = self._empty_work(1024)
+        self._work = self._empty_work(self._kernels.PIECE)
         self._special_tokens = pretokenize.special_token_arrays(tokenizer.special_tokens)
         self._special_ids = np.array([tokenizer.special_ids[token] for token in tokenizer.special_tokens], np.uint32)
         self._cache = self._empty_cache(self._first_words)
         self._own_words = self._cache.slots[:0]
-        self._learn_vocabulary(tokenizer)
         self._set_tables()
 
-    def _learn_vocabulary(self, tokenizer: Tokenizer) -> None:
-        """Fill a quarter of the cache with pre-tokens that are tokens: those with the lowest ids."""
-        room = len(self._cache.slots) // self._kernels.SLOT // 4
-        tokens = [token for token in tokenizer.vocab.values() if 0 < len(token) <= self._kernels.INLINE_BYTES][:room]
+    def learn_vocabulary(self, tokenizer: Tokenizer) -> None:
+        """Fill a quarter of the empty cache with pre-tokens that are tokens, for good: those with the lowest ids."""
+        room, longest = len(self._cache.slots) // self._kernels.SLOT // 4, self._kernels.INLINE_BYTES
+        tokens = [token for token in tokenizer.vocab.values() if 0 < len(token) <= longest and b"\xff" not in token]
+        tokens = tokens[:room]
         text = np.frombuffer(b"".join(tokens) + PADDING_BYTES, np.uint8)
         starts = np.cumsum([0, *map(len, tokens)], dtype=np.uint32)
         ids = np.empty(len(text) + 3, np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-        self._kernels.encode_pretokens(
-            text, starts, len(tokens), self._rules, self._cache, self._work, ids, np.uint64(0)
-        )
+        self._kernels.encode_pretokens(text, starts, len(tokens), self._tables, ids, np.uint64(0))
         slots = self._cache.slots.reshape(-1, self._kernels.SLOT)
         own = slots[slots[:, -1] >> np.uint64(32) == 1]  # one id: the others are not what the merges make of them
         self._own_words = own.reshape(-1)
         self._forget()
 
     def _forget(self) -> None:
-        """Leave nothing in the cache but the tokens of the vocabulary."""
-        slots, _, used = self._cache
+        """Leave nothing in the cache but what `learn_vocabulary` put there."""
+        slots, _, used, shift = self._cache
         slots[:] = 0
-        self._kernels.rebuild(self._own_words, slots)
+        self._kernels.rebuild(self._own_words, slots, shift)
         used[:] = len(self._own_words) // self._kernels.SLOT, 0
 
     def _set_tables(self) -> None:
@@ -528,22 +527,21 @@ class BytesEncoder:
         self._tables = self._words_of(self._kernels.Tables(*parts))
 
     def _empty_cache(self, words: int) -> Any:
-        return self._kernels.Cache(_zeroed_words(words), np.empty(words // 2, np.uint32), np.zeros(2, np.int64))
+        spill, used = np.empty(words // 2, np.uint32), np.zeros(2, np.int64)
+        return self._kernels.Cache(_zeroed_words(words), spill, used, 65 - words.bit_length())
 
     def copy(self) -> "BytesEncoder":
-        """One for another thread: the same tables, a cache of its own that knows the vocabulary."""
+        """One for another thread: the same tables, an empty cache of its own."""
         other = copy.copy(self)
         other._cache = self._empty_cache(self._first_words)
-        other._forget()
-        other._work = self._empty_work(1024)
+        other._work = self._empty_work(self._kernels.PIECE)
         other._set_tables()
         return other
 
     def _empty_work(self, longest: int) -> Any:
         num_ranks = len(self._rules.products)
         return self._kernels.Work(
-            lows=np.empty(self._kernels.BATCH, np.uint64),
-            highs=np.empty(self._kernels.BATCH, np.uint64),
+            keys=np.empty(2 * self._kernels.BATCH, np.uint64),
             homes=np.empty(self._kernels.BATCH, np.uint64),
             needed=np.zeros(1, np.int64),
             ids=np.empty(longest, np.uint32),
@@ -562,9 +560,9 @@ class BytesEncoder:
         """Write the ids of text[:size] to `ids`; their number.
 
         Args:
-            text: bytes, of which 64 after `size` must be readable.
+            text: UTF-8, after which 64 bytes must be readable.
             size: length of the text.
-            starts: scratch, room for size + 1.
+            starts: scratch, room for size + 64.
             ids: of an integer type that holds every id; room for size + 3.
         """
         if text.flags.writeable:  # one compiled kernel for all callers
@@ -580,13 +578,13 @@ class BytesEncoder:
             position, added = self._kernels.encode_text(text, position, size, self._tables, starts, ids[count:])
             count += added
         if len(self._work.ids) > MAX_KEPT_WORK:
-            self._work = self._empty_work(1024)
+            self._work = self._empty_work(self._kernels.PIECE)
             self._set_tables()
         return count
 
     def _make_room(self) -> None:
         """Make the cache twice as large, or empty it where it is as large as it may get."""
-        slots, _, used = self._cache
+        slots, _, used, _ = self._cache
         try:
             if 2 * len(slots) > self._max_words:
                 raise MemoryError
@@ -594,7 +592,7 @@ class BytesEncoder:
         except MemoryError:
             self._forget()
             return
-        self._kernels.rebuild(slots, larger.slots)
+        self._kernels.rebuild(slots, larger.slots, larger.shift)
         larger.spill[: used[1]] = self._cache.spill[: used[1]]
         larger.used[:] = used
         self._cache = larger
@@ -602,11 +600,9 @@ class BytesEncoder:
 
 def _zeroed_words(count: int) -> NDArray[np.uint64]:
     """So many words, of which none but the first of each eight begins a line of the processor's cache."""
-    room = np.empty(count + 8, np.uint64)
+    room = np.zeros(count + 8, np.uint64)
     begin = -room.ctypes.data % 64 // 8
-    words = room[begin : begin + count]
-    words.fill(0)  # unlike np.zeros, takes the memory now
-    return words
+    return room[begin : begin + count]
 
 
 def _utf8_text(data: bytes | memoryview) -> str:

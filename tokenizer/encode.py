@@ -155,8 +155,8 @@ def _encode_chunks(
                 number, chunk = taken
                 buffer = chunk.text
                 chunk = reader.check(chunk)
-                if len(starts) < chunk.length + 1:
-                    starts, ids = np.empty(chunk.length + 1, np.uint32), np.empty(chunk.length + 3, writer.dtype)
+                if len(starts) < chunk.length + PADDING:
+                    starts, ids = np.empty(chunk.length + PADDING, np.uint32), np.empty(chunk.length + 3, writer.dtype)
                 count = encoder.encode(chunk.text, chunk.length, starts, ids)
                 writer.append(number, chunk.text[: chunk.length], ids[:count])
         except BaseException as error:
@@ -293,8 +293,7 @@ class TokenWriter:
         self.job = json.loads(json.dumps(job))
         self.expected_bytes = num_bytes
         self.separator_id = tokenizer.special_ids.get(SEPARATOR, -1)
-        self.is_blank = np.zeros(tokenizer.vocab_size, bool)
-        self.is_blank[[i for i, token in tokenizer.vocab.items() if not token.strip()]] = True
+        self.vocab = tokenizer.vocab
         self.turn = threading.Condition()
         self.failed = False
         self.start_over()
@@ -361,7 +360,7 @@ class TokenWriter:
             self.text_hash.update(text.data)
             separators = np.flatnonzero(ids == self.separator_id) if self.separator_id >= 0 else ids[:0]
             tail = ids[separators[-1] + 1 :] if len(separators) else ids
-            has_text = not self.is_blank[tail[:64]].all() or not self.is_blank[tail].all()
+            has_text = self._is_visible(tail[:64]) or self._is_visible(np.unique(tail[64:]))
             done = self.done
             self.done = Done(
                 num_chunks=number + 1,
@@ -409,6 +408,10 @@ class TokenWriter:
         while data:
             written = os.pwrite(self.file, data, position)
             data, position = data[written:], position + written
+
+    def _is_visible(self, ids: NDArray[Any]) -> bool:
+        """Whether one of the tokens is more than white space."""
+        return any(self.vocab[token_id].strip() for token_id in ids.tolist())
 
     def _check_room(self) -> None:
         """Raise OSError if the rest of the text, at the rate of the first chunk, does not fit on the disk."""

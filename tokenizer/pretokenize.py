@@ -205,7 +205,7 @@ def count_chunks(
     from tokenizer.kernels import count
 
     table = new_table(17, 1 << 20, hash_mask)
-    scratch = count.Scratch(np.empty(count.PIECE + 1, np.uint32), *np.empty((3, count.BATCH), np.uint64))
+    scratch = count.Scratch(np.empty(count.PIECE + count.PADDING, np.uint32), *np.empty((3, count.BATCH), np.uint64))
     for chunk in chunks:
         position, state = count.count_text(chunk.text, 0, chunk.length, classes, specials, table, scratch)
         while state != count.DONE:
@@ -215,7 +215,7 @@ def count_chunks(
             else:
                 scratch = scratch._replace(starts=np.empty(2 * len(scratch.starts), np.uint32))
             position, state = count.count_text(chunk.text, position, chunk.length, classes, specials, table, scratch)
-        scratch = scratch._replace(starts=scratch.starts[: count.PIECE + 1])
+        scratch = scratch._replace(starts=scratch.starts[: count.PIECE + count.PADDING])
     return table
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenizer.kernels.machine import ALL, NONE, ONE, kernel, load_word, prefetch
-from tokenizer.kernels.scan import SpecialTokens, character_start, find_special_token, scan
+from tokenizer.kernels.scan import PADDING, SpecialTokens, character_start, find_special_token, scan
 
 Word = np.uint64
 
@@ -39,7 +39,7 @@ class Table(NamedTuple):
 class Scratch(NamedTuple):
     """Room for intermediate results: kernels do not allocate."""
 
-    starts: NDArray[np.uint32]  # PIECE + 1, more where a pre-token is longer
+    starts: NDArray[np.uint32]  # PIECE + PADDING, more where a pre-token is longer
     lows: NDArray[np.uint64]  # (BATCH,) each
     highs: NDArray[np.uint64]
     homes: NDArray[np.uint64]
@@ -177,7 +177,7 @@ def count_text(
         text: bytes, of which 64 after `end` must be readable, at most 4 GiB.
     """
     starts = scratch.starts
-    piece = len(starts) - 1
+    piece = len(starts) - PADDING
     special, row = find_special_token(text, begin, end, specials)
     position = begin
     while position < end:

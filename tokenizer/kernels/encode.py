@@ -1,9 +1,10 @@
 """Text to token ids: scan, look each pre-token up in a cache, and merge only what the cache does not have.
 
 Most pre-tokens of a text have occurred before, so encoding is mainly a hash table of pre-token → ids. A slot is four
-words: the key (up to 15 bytes inline with their number, or the hash and length of a longer one), up to three ids, and
-how many ids there are. What does not fit inline, more ids and the bytes of long keys, lies in a second array, `spill`.
-Slots are looked up in batches: the whole batch is asked of memory before the first answer is needed.
+words: the key, up to three ids, and how many ids there are. A key is the bytes of a pre-token, filled up to 16 with
+0xFF, which is no byte of UTF-8; or the hash and the length of one of more than 15 bytes. What does not fit inline,
+more ids and the bytes of long keys, lies in a second array, `spill`. Slots are looked up in batches: the whole batch is
+asked of memory before the first answer is needed.
 
 `merge_short` and `merge_long` are `tokenizer.reference.encode` for one pre-token: the merge of lowest rank first, the
 leftmost of equals. The first looks through all pairs for each merge; the second keeps the positions of each rank in a
@@ -19,6 +20,7 @@ from tokenizer.kernels.machine import (
     NONE,
     ONE,
     copy_16_bytes,
+    copy_filled,
     inline_kernel,
     kernel,
     load_word,
@@ -43,13 +45,13 @@ SLOT = 4  # words per slot
 BATCH = 64  # pre-tokens looked up together
 INLINE_BYTES = 15
 INLINE_IDS = 3
-LONG = ONE << Word(63)  # marks the key of a pre-token that is longer than INLINE_BYTES
+LONG = ONE << Word(56)  # the second word of a key is smaller, a length, where a pre-token is longer than INLINE_BYTES
 MAX_CACHED_BYTES = 256
 MAX_QUADRATIC_BYTES = 64
 PIECE = 1 << 15  # bytes scanned together: their starts stay in the fastest cache
 
-LOW_MASKS = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(INLINE_BYTES + 1)], np.uint64)
-HIGH_MASKS = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(INLINE_BYTES + 1)], np.uint64)
+# Row n leaves n bytes as they are.
+FILLS = np.array([[0] * n + [255] * (16 - n) for n in range(INLINE_BYTES + 1)], np.uint8)
 
 
 class Rules(NamedTuple):
@@ -68,13 +70,13 @@ class Cache(NamedTuple):
     slots: NDArray[np.uint64]  # SLOT words each: low key, high key (0 = free), ids 0 and 1, id 2 and the number of ids
     spill: NDArray[np.uint32]
     used: NDArray[np.int64]  # slots in use, entries of `spill` in use
+    shift: int  # of a hash to the right: its top bits say which word of `slots` is looked at first
 
 
 class Work(NamedTuple):
     """Scratch space; the arrays from `ids` on have room for the longest pre-token."""
 
-    lows: NDArray[np.uint64]  # BATCH keys, and where the search for each begins
-    highs: NDArray[np.uint64]
+    keys: NDArray[np.uint64]  # of BATCH pre-tokens, two words each, and where the search for each begins
     homes: NDArray[np.uint64]
     needed: NDArray[np.int64]  # longest pre-token met, in bytes
     ids: NDArray[np.uint32]
@@ -326,30 +328,18 @@ def hash_bytes(text: NDArray[np.uint8], begin: int, length: int) -> Word:
 
 
 @inline_kernel
-def key_of(text: NDArray[np.uint8], begin: Word, length: Word) -> tuple[Word, Word]:
-    """The key of a pre-token: its bytes and their number, or the hash and length of a long one."""
-    place = np.int64(begin)
-    if length <= Word(INLINE_BYTES):
-        low = load_word(text, place) & LOW_MASKS[length]
-        return low, (load_word(text, place + 8) & HIGH_MASKS[length]) | (length << Word(56))
-    return hash_bytes(text, place, np.int64(length)), LONG | length
-
-
-@inline_kernel
-def slot_of(low: Word, high: Word, slots: NDArray[np.uint64]) -> Word:
+def slot_of(low: Word, high: Word, shift: Word, wrap: Word) -> Word:
     """Index in `slots` where the search for a key begins."""
-    value = low * MULTIPLIER + high * MIXER
-    value = (value ^ (value >> HALF)) * MULTIPLIER
-    return ((value >> HALF) * Word(SLOT)) & Word(len(slots) - SLOT)
+    return ((low ^ (high * MIXER)) * MULTIPLIER >> shift) & wrap
 
 
 @kernel
-def rebuild(old: NDArray[np.uint64], new: NDArray[np.uint64]) -> None:
+def rebuild(old: NDArray[np.uint64], new: NDArray[np.uint64], shift: int) -> None:
     """Move all slots of `old` into the larger and empty `new`."""
     for i in range(0, len(old), SLOT):
         if old[i + 1] == NONE:
             continue
-        slot = slot_of(old[i], old[i + 1], new)
+        slot = slot_of(old[i], old[i + 1], Word(shift), Word(len(new) - SLOT))
         while new[slot + ONE] != NONE:
             slot = (slot + Word(SLOT)) & Word(len(new) - SLOT)
         for word in range(SLOT):
@@ -428,14 +418,13 @@ def learn(
     low: Word,
     high: Word,
     slot: Word,
-    rules: Rules,
-    cache: Cache,
-    work: Work,
+    tables: NDArray[np.uint64],
 ) -> Word:
     """Write the ids of a new pre-token to `work.ids` and to the cache, unless it is too long for that; their number.
 
     Not part of its caller, so that the loop there has the processor's registers for itself.
     """
+    rules, cache, work = unpack(tables)[3:]
     number = merge_pretoken(text, begin, length, rules, work)
     if length <= MAX_CACHED_BYTES:
         store(text, begin, length, work.ids, number, low, high, slot, cache)
@@ -443,56 +432,75 @@ def learn(
 
 
 @kernel
+def find_homes(
+    text: NDArray[np.uint8],
+    starts: NDArray[np.uint32],
+    first: Word,
+    size: Word,
+    cache: Cache,
+    keys: NDArray[np.uint64],
+    homes: NDArray[np.uint64],
+) -> None:
+    """Write the keys of `size` pre-tokens from number `first` on, and where the search for each begins; ask for it."""
+    slots, shift, wrap = cache.slots, Word(cache.shift), Word(len(cache.slots) - SLOT)
+    for i in range(size):
+        begin = Word(starts[first + i])
+        length = Word(starts[first + i + ONE]) - begin
+        low = i + i
+        if length <= Word(INLINE_BYTES):
+            copy_filled(keys, np.int64(low * Word(8)), text, np.int64(begin), FILLS, np.int64(length))
+        else:
+            keys[low], keys[low + ONE] = hash_bytes(text, np.int64(begin), np.int64(length)), length
+        homes[i] = slot_of(keys[low], keys[low + ONE], shift, wrap)
+        prefetch(slots, np.int64(homes[i]) * 8)
+
+
+@kernel
 def encode_pretokens(
     text: NDArray[np.uint8],
     starts: NDArray[np.uint32],
     num_pretokens: int,
-    rules: Rules,
-    cache: Cache,
-    work: Work,
+    tables: NDArray[np.uint64],
     out: NDArray[np.uint32],
     count: Word,
 ) -> Word:
     """Append the ids of pre-tokens text[starts[i] : starts[i + 1]] to `out[count:]`; the new count."""
+    cache, work = unpack(tables)[4:]
     slots, spill = cache.slots, cache.spill
     wrap = Word(len(slots) - SLOT)
-    lows, highs, homes = work.lows, work.highs, work.homes
+    keys, homes = work.keys, work.homes
     # Indices are unsigned because Numba asks of each signed one whether it is negative.
     for first in range(Word(0), Word(num_pretokens), Word(BATCH)):
         size = min(Word(BATCH), Word(num_pretokens) - first)
+        find_homes(text, starts, first, size, cache, keys, homes)
         for i in range(size):
-            begin = Word(starts[first + i])
-            length = Word(starts[first + i + ONE]) - begin
-            lows[i], highs[i] = key_of(text, begin, length)
-            homes[i] = slot_of(lows[i], highs[i], slots)
-            prefetch(slots, np.int64(homes[i]) * 8)
-        for i in range(size):
-            low, high, slot = lows[i], highs[i], homes[i]
-            while slots[slot + ONE] != NONE:
+            low, high, slot = keys[i + i], keys[i + i + ONE], homes[i]
+            while True:
                 if slots[slot] == low and slots[slot + ONE] == high:
-                    number = slots[slot + Word(3)] >> HALF
+                    ids, last = slots[slot + Word(2)], slots[slot + Word(3)]
+                    number = last >> HALF
                     if number <= Word(INLINE_IDS):
-                        out[count] = slots[slot + Word(2)] & LOW_HALF
-                        out[count + ONE] = slots[slot + Word(2)] >> HALF
-                        out[count + Word(2)] = slots[slot + Word(3)] & LOW_HALF
+                        out[count] = ids & LOW_HALF
+                        out[count + ONE] = ids >> HALF
+                        out[count + Word(2)] = last & LOW_HALF
                         count += number
                         break
                     number -= Word(INLINE_IDS)
-                    spilled = slots[slot + Word(2)]
-                    begin, length = Word(starts[first + i]), high & ~LONG
-                    if high < LONG or same_bytes(text, begin, length, spill, spilled + number):
+                    begin, length = Word(starts[first + i]), high
+                    if high >= LONG or same_bytes(text, begin, length, spill, ids + number):
                         for j in range(number):
-                            out[count + j] = spill[spilled + j]
+                            out[count + j] = spill[ids + j]
                         count += number
                         break
+                elif slots[slot + ONE] == NONE:
+                    begin = Word(starts[first + i])
+                    length = Word(starts[first + i + ONE]) - begin
+                    number = learn(text, np.int64(begin), np.int64(length), low, high, slot, tables)
+                    for j in range(number):
+                        out[count + j] = work.ids[j]
+                    count += number
+                    break
                 slot = (slot + Word(SLOT)) & wrap
-            else:
-                begin = Word(starts[first + i])
-                length = Word(starts[first + i + ONE]) - begin
-                number = learn(text, np.int64(begin), np.int64(length), low, high, slot, rules, cache, work)
-                for j in range(number):
-                    out[count + j] = work.ids[j]
-                count += number
     return count
 
 
@@ -540,12 +548,12 @@ def encode_text(
     `work.needed` says how long): the caller makes room and calls again from there.
 
     Args:
-        text: bytes, of which 64 after `end` must be readable.
+        text: UTF-8, after which 64 bytes must be readable.
         tables: `words_of` the `Tables`.
-        starts: scratch, room for end - begin + 1 entries (few of them touched, unless the text has no blanks).
+        starts: scratch, room for end - begin + 64 entries (few of them touched, unless the text has no blanks).
         out: of any integer type that holds the ids; room for end - begin + 3 of them.
     """
-    classes, specials, special_ids, rules, cache, work = unpack(tables)
+    classes, specials, special_ids, _, cache, work = unpack(tables)
     count = NONE
     while begin < end:
         stop, row = end, np.int64(-1)
@@ -557,10 +565,11 @@ def encode_text(
             piece = piece_end(text, begin, stop)
             number = scan(text, begin, piece, classes, starts, 0)
             starts[number] = piece
-            work.needed[0] = longest(starts, number)
-            if work.needed[0] > len(work.ids):
-                return begin, np.int64(count)
-            count = encode_pretokens(text, starts, number, rules, cache, work, out, count)
+            if piece - begin > len(work.ids):
+                work.needed[0] = longest(starts, number)
+                if work.needed[0] > len(work.ids):
+                    return begin, np.int64(count)
+            count = encode_pretokens(text, starts, number, tables, out, count)
             begin = piece
         if row >= 0:
             out[count] = special_ids[specials.numbers[row]]

@@ -237,6 +237,23 @@ def copy_16_bytes(typing_context: Any, target: Any, to: Any, source: Any, positi
 
 
 @instruction
+def copy_filled(typing_context: Any, target: Any, to: Any, source: Any, position: Any, fills: Any, row: Any) -> Any:
+    """Copy 16 bytes like `copy_16_bytes`, with all bits set that `fills[row]` has."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        block = ir.VectorType(BYTE, 16).as_pointer()
+        offset = builder.shl(arguments[5], ir.Constant(WORD, 4))
+        read_from = _address(context, builder, signature, arguments, first=2)
+        fill = _address(context, builder, signature, [*arguments[:5], offset], first=4)
+        value, more = (builder.load(builder.bitcast(place, block), align=1) for place in (read_from, fill))
+        write_to = _address(context, builder, signature, arguments)
+        builder.store(builder.or_(value, more), builder.bitcast(write_to, block), align=1)
+        return context.get_dummy_value()
+
+    return types.void(target, types.int64, source, types.int64, fills, types.int64), generate
+
+
+@instruction
 def lowest_bit(typing_context: Any, mask: Any) -> Any:
     """Position of the lowest set bit; 64 for 0."""
 
@@ -246,6 +263,17 @@ def lowest_bit(typing_context: Any, mask: Any) -> Any:
         return builder.call(count, [arguments[0], ir.Constant(ir.IntType(1), 0)])
 
     return types.int64(types.uint64), generate
+
+
+@instruction
+def ones_of(typing_context: Any, mask: Any) -> Any:
+    """Number of set bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(WORD, [WORD])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.ctpop.i64"), arguments)
+
+    return types.uint64(types.uint64), generate
 
 
 def _prefetch(builder: Any, address: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.kernels.machine import ALL, NONE, ONE, bytes_in_range, kernel, lowest_bit
+from tokenizer.kernels.machine import ALL, NONE, ONE, bytes_in_range, inline_kernel, kernel, lowest_bit, ones_of
 
 OTHER, LETTER, NUMBER, SPACE = 0, 1, 2, 3  # the values of `tokenizer.pretokenize.unicode_classes`
 PADDING = 64  # bytes that must be readable after the end of a text
@@ -39,6 +39,16 @@ class Block(NamedTuple):
     blanks: Word  # U+0020, also in spaces
     quotes: Word  # U+0027
     spaces1: Word  # first bytes of the white space characters of 1, 2 and 3 bytes
+    spaces2: Word
+    spaces3: Word
+
+
+class BeyondAscii(NamedTuple):
+    """The part that characters of several bytes have in the masks of a block."""
+
+    letters: Word
+    numbers: Word
+    spaces: Word
     spaces2: Word
     spaces3: Word
 
@@ -88,6 +98,39 @@ def character_start(text: NDArray[np.uint8], position: int, end: int) -> int:
 
 
 @kernel
+def beyond_ascii_of(
+    text: NDArray[np.uint8], position: int, end: int, classes: NDArray[np.uint8], beyond_ascii: Word
+) -> tuple[BeyondAscii, Overflow]:
+    """What the characters beyond ASCII among the 64 bytes at `position` add to the masks; `beyond_ascii` has them."""
+    letters = numbers = spaces = spaces2 = spaces3 = NONE
+    overflow = Overflow(NONE, NONE, NONE)
+    while beyond_ascii != NONE:
+        i = lowest_bit(beyond_ascii)
+        beyond_ascii &= beyond_ascii - ONE
+        if text[position + i] < 0xC2 or position + i >= end:  # inside a character, or after the text
+            continue
+        code, length = decode(text, position + i, end)
+        kind = classes[code] if code >= 0 else OTHER
+        if kind == OTHER:
+            continue
+        character = (ONE << Word(length)) - ONE
+        inside = character << Word(i)
+        outside = character >> Word(64 - i) if i + length > 64 else NONE
+        if kind == LETTER:
+            letters |= inside
+            overflow = Overflow(outside, NONE, NONE)
+        elif kind == NUMBER:
+            numbers |= inside
+            overflow = Overflow(NONE, outside, NONE)
+        else:
+            spaces |= inside
+            overflow = Overflow(NONE, NONE, outside)
+            spaces2 |= (ONE << Word(i)) if length == 2 else NONE
+            spaces3 |= (ONE << Word(i)) if length == 3 else NONE
+    return BeyondAscii(letters, numbers, spaces, spaces2, spaces3), overflow
+
+
+@inline_kernel
 def classify(
     text: NDArray[np.uint8], position: int, end: int, classes: NDArray[np.uint8], overflow: Overflow
 ) -> tuple[Block, Overflow]:
@@ -107,33 +150,11 @@ def classify(
     spaces1 = controls | blanks
     spaces, spaces2, spaces3 = spaces1, NONE, NONE
     if beyond_ascii != NONE:
-        letters |= overflow.letters
-        numbers |= overflow.numbers
-        spaces |= overflow.spaces
-        overflow = Overflow(NONE, NONE, NONE)
-        while beyond_ascii != NONE:
-            i = lowest_bit(beyond_ascii)
-            beyond_ascii &= beyond_ascii - ONE
-            if text[position + i] < 0xC2 or position + i >= end:  # inside a character, or after the text
-                continue
-            code, length = decode(text, position + i, end)
-            kind = classes[code] if code >= 0 else OTHER
-            if kind == OTHER:
-                continue
-            character = (ONE << Word(length)) - ONE
-            inside = character << Word(i)
-            outside = character >> Word(64 - i) if i + length > 64 else NONE
-            if kind == LETTER:
-                letters |= inside
-                overflow = Overflow(outside, NONE, NONE)
-            elif kind == NUMBER:
-                numbers |= inside
-                overflow = Overflow(NONE, outside, NONE)
-            else:
-                spaces |= inside
-                overflow = Overflow(NONE, NONE, outside)
-                spaces2 |= (ONE << Word(i)) if length == 2 else NONE
-                spaces3 |= (ONE << Word(i)) if length == 3 else NONE
+        more, next_overflow = beyond_ascii_of(text, position, end, classes, beyond_ascii)
+        letters |= more.letters | overflow.letters
+        numbers |= more.numbers | overflow.numbers
+        spaces |= more.spaces | overflow.spaces
+        spaces2, spaces3, overflow = more.spaces2, more.spaces3, next_overflow
 
     if end - position < 64:
         text_bits = (ONE << Word(end - position)) - ONE
@@ -157,20 +178,25 @@ def contraction_length(text: NDArray[np.uint8], quote: int, end: int) -> int:
     return 0
 
 
-@kernel
-def write_positions(mask: Word, position: int, starts: NDArray[np.int64], k: int) -> int:
-    """Append `position + i` to `starts` for every bit i of `mask`; the new length."""
-    while mask != NONE:
-        starts[k] = position + lowest_bit(mask)
-        mask &= mask - ONE
-        k += 1
-    return k
+@inline_kernel
+def write_positions(mask: Word, position: int, starts: NDArray[np.int64], k: Word) -> Word:
+    """Append `position + i` to `starts` for every bit i of `mask`; the new length.
+
+    Eight at a time, the last of them meaningless: the processor cannot guess where a loop over the bits would end.
+    """
+    end = k + ones_of(mask)
+    while k < end:
+        for i in range(Word(0), Word(8)):
+            starts[k + i] = position + lowest_bit(mask)
+            mask &= mask - ONE
+        k += Word(8)
+    return end
 
 
 @kernel
 def scan(
     text: NDArray[np.uint8], begin: int, end: int, classes: NDArray[np.uint8], starts: NDArray[np.int64], k: int
-) -> int:
+) -> np.int64:
     """Append the offset of every pre-token of text[begin:end] to `starts[k:]`; the new length of `starts`.
 
     A pre-token ends where the next begins, the last at `end`. A byte that belongs to no UTF-8 character is an OTHER.
@@ -178,10 +204,11 @@ def scan(
     Args:
         text: bytes, of which 64 after `end` must be readable; what they are does not matter.
         classes: class of each code point, see `tokenizer.pretokenize.unicode_classes`.
-        starts: any integer type that holds `end`; needs room for end - begin entries.
+        starts: any integer type that holds `end`; needs room for end - begin + PADDING entries.
     """
     if begin >= end:
-        return k
+        return np.int64(k)
+    count = Word(k)
     letter_before = number_before = other_before = space_before = blank_before = NONE
     inside_contraction = after_contraction = NONE
     ahead, overflow = classify(text, begin, end, classes, Overflow(NONE, NONE, NONE))
@@ -226,10 +253,10 @@ def scan(
 
         if end - position < 64:
             found &= (ONE << Word(end - position)) - ONE
-        k = write_positions(found, position, starts, k)
+        count = write_positions(found, position, starts, count)
         letter_before, number_before, other_before = letters >> TOP, numbers >> TOP, others >> TOP
         space_before, blank_before = spaces >> TOP, block.blanks >> TOP
-    return k
+    return np.int64(count)
 
 
 @kernel
@@ -289,7 +316,7 @@ def find_special_token(text: NDArray[np.uint8], begin: int, end: int, specials: 
         candidates = NONE
         for pair in range(0, len(specials.openings), 2):
             opening = bytes_in_range(text, position, specials.openings[pair], Byte(1))
-            if not specials.has_single_byte:
+            if opening != NONE and not specials.has_single_byte:
                 opening &= bytes_in_range(text, position + 1, specials.openings[pair + 1], Byte(1))
             candidates |= opening
         while candidates != NONE:
