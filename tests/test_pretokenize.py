@@ -16,7 +16,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizer import chunks, pretokenize, reference
+from tokenizer import Tokenizer, chunks, pretokenize, reference
 from tokenizer.chunks import ChunkReader, CutFinder, InvalidTextError, read_text
 from tokenizer.kernels import count
 from tokenizer.pretokenize import (
@@ -177,6 +177,16 @@ def test_colliding_hashes(tmp_path: Path) -> None:
     reader = ChunkReader(written(tmp_path, "".join(words).encode()), [])
     table = count_chunks(reader.chunks(), unicode_classes(), special_token_arrays([]), hash_mask=3 << 62)
     assert tables_to_arrays([table]).to_dict() == reference.count_pretokens("".join(words), [])
+
+
+def test_keys_of_every_length(tmp_path: Path) -> None:
+    """What fills a key up is no byte of a pre-token, be it zeros or the highest code point."""
+    characters = ["\0", "é", "\U0010ffff"]
+    text = "\n".join(character * length for length in range(1, 20) for character in characters for _ in range(length))
+    assert counted(written(tmp_path, text.encode()), []) == reference.count_pretokens(text, [])
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [])
+    tokenizer.compile()
+    assert tokenizer.encode(text) == tokenizer.encode(text) == list(text.encode())
 
 
 def test_arrays_and_dictionaries_say_the_same() -> None:

@@ -205,7 +205,11 @@ def count_chunks(
     from tokenizer.kernels import count
 
     table = new_table(17, 1 << 20, hash_mask)
-    scratch = count.Scratch(np.empty(count.PIECE + count.PADDING, np.uint32), *np.empty((3, count.BATCH), np.uint64))
+    scratch = count.Scratch(
+        np.empty(count.PIECE + count.PADDING, np.uint32),
+        np.empty(2 * count.BATCH, np.uint64),
+        np.empty(count.BATCH, np.uint64),
+    )
     for chunk in chunks:
         position, state = count.count_text(chunk.text, 0, chunk.length, classes, specials, table, scratch)
         while state != count.DONE:

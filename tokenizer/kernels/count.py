@@ -1,7 +1,6 @@
 """How often each pre-token stands in a text: an open-addressing hash table that keeps short keys in its slots.
 
-A pre-token of up to 15 bytes is two 64-bit words, its bytes and in the top byte its length: comparing two of them is
-two comparisons. Longer ones (one in a thousand) lie in an arena; their slot holds a hash and the place.
+The slots hold keys, see `tokenizer.kernels.keys`; the bytes of long pre-tokens lie in an arena.
 
 The table is larger than the caches, so most of the time would go into waiting for memory. Therefore 64 pre-tokens at a
 time are hashed and their slots asked for; when the first of them is looked up, its slot has arrived.
@@ -12,18 +11,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.kernels.machine import ALL, NONE, ONE, kernel, load_word, prefetch
+from tokenizer.kernels.keys import LONG, hash_key, length_of_key, write_key
+from tokenizer.kernels.machine import NONE, ONE, copy_16_bytes, kernel, prefetch
 from tokenizer.kernels.scan import PADDING, SpecialTokens, character_start, find_special_token, scan
 
 Word = np.uint64
 
 SLOT = Word(4)  # words in a slot: key, key, count, where a long pre-token lies in the arena
-LONG = Word(16 << 56)  # second key word of long pre-tokens: 16 in the top byte, below it the length
 BATCH = 64
 DONE, TABLE_FULL, PIECE_TOO_SHORT = 0, 1, 2
 PIECE = 1 << 15  # bytes that are scanned before they are counted: their starts stay in the first-level cache
-
-MIX1, MIX2 = Word(0x9E3779B97F4A7C15), Word(0xC2B2AE3D27D4EB4F)  # odd numbers without a pattern in their bits
 
 
 class Table(NamedTuple):
@@ -40,43 +37,8 @@ class Scratch(NamedTuple):
     """Room for intermediate results: kernels do not allocate."""
 
     starts: NDArray[np.uint32]  # PIECE + PADDING, more where a pre-token is longer
-    lows: NDArray[np.uint64]  # (BATCH,) each
-    highs: NDArray[np.uint64]
-    homes: NDArray[np.uint64]
-
-
-@kernel
-def hash_key(low: Word, high: Word) -> Word:
-    """A 64-bit hash whose top bits depend on every bit of both words."""
-    mixed = low * MIX1 + high * MIX2
-    mixed ^= mixed >> Word(32)
-    return mixed * MIX1
-
-
-@kernel
-def hash_bytes(text: NDArray[np.uint8], start: int, length: int) -> Word:
-    """A 64-bit hash of any number of bytes."""
-    mixed = MIX1 ^ Word(length)
-    whole = length - length % 8
-    for i in range(0, whole, 8):
-        mixed = (mixed ^ load_word(text, start + i)) * MIX2
-        mixed ^= mixed >> Word(32)
-    rest = NONE
-    for i in range(whole, length):
-        rest = (rest << Word(8)) | Word(text[start + i])
-    mixed = (mixed ^ rest) * MIX1
-    mixed ^= mixed >> Word(29)
-    return mixed * MIX2
-
-
-@kernel
-def key_of(text: NDArray[np.uint8], start: int, length: int, hash_mask: Word) -> tuple[Word, Word]:
-    """The two key words of the pre-token text[start : start + length]; reads up to 16 bytes from `start` on."""
-    if length < 16:
-        low = load_word(text, start) & (ALL >> Word(8 * max(8 - length, 0)))
-        high = load_word(text, start + 8) & ((ONE << Word(8 * max(length - 8, 0))) - ONE)
-        return low, high | (Word(length) << Word(56))
-    return hash_bytes(text, start, length) & hash_mask, LONG | Word(length)
+    keys: NDArray[np.uint64]  # (2 * BATCH,)
+    homes: NDArray[np.uint64]  # (BATCH,)
 
 
 @kernel
@@ -115,13 +77,13 @@ def add(
     slot = home * SLOT
     while slots[slot + ONE] != NONE:
         if slots[slot] == low and slots[slot + ONE] == high:
-            length = np.int64(high & ~LONG)
-            if high < LONG or same_bytes(arena, np.int64(slots[slot + Word(3)]), text, start, length):
+            length = np.int64(high)
+            if high >= LONG or same_bytes(arena, np.int64(slots[slot + Word(3)]), text, start, length):
                 slots[slot + Word(2)] += count
                 return
         slot = (slot + SLOT) & wrap
-    if high >= LONG:
-        length = np.int64(high & ~LONG)
+    if high < LONG:
+        length = np.int64(high)
         copy_bytes(arena, used[1], text, start, length)
         slots[slot + Word(3)] = Word(used[1])
         used[1] += length
@@ -139,20 +101,19 @@ def has_room(table: Table, pretokens: int, arena_bytes: int) -> bool:
 @kernel
 def count_starts(text: NDArray[np.uint8], starts: NDArray[np.uint32], num: int, table: Table, scratch: Scratch) -> None:
     """Count the `num` pre-tokens that begin at `starts`; each ends where the next begins."""
-    lows, highs, homes = scratch.lows, scratch.highs, scratch.homes
+    keys, homes = scratch.keys, scratch.homes
     slots, arena, used, shift, hash_mask = table
     # Indices are unsigned because Numba asks of each signed one whether it is negative.
     for first in range(NONE, Word(num), Word(BATCH)):
         size = min(Word(BATCH), Word(num) - first)
         for i in range(size):
-            start = np.int64(starts[first + i])
-            low, high = key_of(text, start, np.int64(starts[first + i + ONE]) - start, hash_mask)
-            home = (hash_key(low, high) & hash_mask) >> shift
-            prefetch(slots, np.int64(home) * 32)
-            lows[i], highs[i], homes[i] = low, high, home
+            start = Word(starts[first + i])
+            write_key(keys, i, text, start, Word(starts[first + i + ONE]) - start, hash_mask)
+            homes[i] = (hash_key(keys[i + i], keys[i + i + ONE]) & hash_mask) >> shift
+            prefetch(slots, np.int64(homes[i]) * 32)
         for i in range(size):
-            slot, low, high = homes[i] * SLOT, lows[i], highs[i]
-            if slots[slot] == low and slots[slot + ONE] == high and high < LONG:  # 99 of 100
+            slot, low, high = homes[i] * SLOT, keys[i + i], keys[i + i + ONE]
+            if slots[slot] == low and slots[slot + ONE] == high and high >= LONG:  # 99 of 100
                 slots[slot + Word(2)] += ONE
             else:
                 add(slots, arena, used, homes[i], low, high, ONE, text, np.int64(starts[first + i]))
@@ -227,16 +188,16 @@ def write_table(table: Table, text: NDArray[np.uint8], offsets: NDArray[np.int64
     slots = table.slots
     row, position = 0, np.int64(0)
     for i in range(0, len(slots), 4):
-        high = slots[i + 1]
+        low, high = slots[i], slots[i + 1]
         if high == NONE:
             continue
-        if high < LONG:
-            length = np.int64(high >> Word(56))
+        length = np.int64(length_of_key(low, high))
+        if high >= LONG and position + 16 <= len(text):  # what is copied beyond its end is overwritten by the next
+            copy_16_bytes(text, position, slots, i * 8)
+        elif high >= LONG:
             for k in range(length):
-                word = slots[i] if k < 8 else high
-                text[position + k] = np.uint8((word >> Word(8 * (k % 8))) & Word(0xFF))
+                text[position + k] = np.uint8(((low if k < 8 else high) >> Word(8 * (k % 8))) & Word(0xFF))
         else:
-            length = np.int64(high & ~LONG)
             copy_bytes(text, position, table.arena, np.int64(slots[i + 3]), length)
         offsets[row], counts[row] = position, np.int64(slots[i + 2])
         position += length
@@ -245,10 +206,10 @@ def write_table(table: Table, text: NDArray[np.uint8], offsets: NDArray[np.int64
 
 
 @kernel
-def bytes_in_table(table: Table) -> int:
+def bytes_in_table(table: Table) -> np.int64:
     """Number of bytes of all pre-tokens in the table together."""
-    total = table.used[1]
-    for i in range(1, len(table.slots), 4):
-        if table.slots[i] < LONG:
-            total += np.int64(table.slots[i] >> Word(56))
+    total = np.int64(0)
+    for i in range(0, len(table.slots), 4):
+        if table.slots[i + 1] != NONE:
+            total += np.int64(length_of_key(table.slots[i], table.slots[i + 1]))
     return total

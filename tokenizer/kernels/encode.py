@@ -1,10 +1,9 @@
 """Text to token ids: scan, look each pre-token up in a cache, and merge only what the cache does not have.
 
 Most pre-tokens of a text have occurred before, so encoding is mainly a hash table of pre-token → ids. A slot is four
-words: the key, up to three ids, and how many ids there are. A key is the bytes of a pre-token, filled up to 16 with
-0xFF, which is no byte of UTF-8; or the hash and the length of one of more than 15 bytes. What does not fit inline,
-more ids and the bytes of long keys, lies in a second array, `spill`. Slots are looked up in batches: the whole batch is
-asked of memory before the first answer is needed.
+words: the key, up to three ids, and how many ids there are. What does not fit inline, more ids and the bytes of long
+keys, lies in a second array, `spill`. Slots are looked up in batches: the whole batch is asked of memory before the
+first answer is needed.
 
 `merge_short` and `merge_long` are `tokenizer.reference.encode` for one pre-token: the merge of lowest rank first, the
 leftmost of equals. The first looks through all pairs for each merge; the second keeps the positions of each rank in a
@@ -16,14 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenizer.kernels.keys import INLINE_BYTES, LONG, MIX1, hash_key, write_key
 from tokenizer.kernels.machine import (
+    ALL,
     NONE,
     ONE,
     copy_16_bytes,
-    copy_filled,
     inline_kernel,
     kernel,
-    load_word,
     lowest_bit,
     prefetch,
     unpacker,
@@ -38,20 +37,13 @@ RANK_BITS = Word(22)  # of a word in `Rules.pairs`; the other 42 are for two ids
 RANK_MASK = (ONE << RANK_BITS) - ONE
 ID_BITS = Word(21)
 MAX_IDS = 1 << 21
-MULTIPLIER = Word(0x9E3779B97F4A7C15)  # odd, close to 2**64 / golden ratio (Fibonacci hashing)
-MIXER = Word(0xC2B2AE3D27D4EB4F)
 
 SLOT = 4  # words per slot
 BATCH = 64  # pre-tokens looked up together
-INLINE_BYTES = 15
 INLINE_IDS = 3
-LONG = ONE << Word(56)  # the second word of a key is smaller, a length, where a pre-token is longer than INLINE_BYTES
 MAX_CACHED_BYTES = 256
 MAX_QUADRATIC_BYTES = 64
 PIECE = 1 << 15  # bytes scanned together: their starts stay in the fastest cache
-
-# Row n leaves n bytes as they are.
-FILLS = np.array([[0] * n + [255] * (16 - n) for n in range(INLINE_BYTES + 1)], np.uint8)
 
 
 class Rules(NamedTuple):
@@ -108,7 +100,7 @@ unpack = unpacker(Tables)
 @inline_kernel
 def home_of_pair(key: Word, pairs: NDArray[np.uint64]) -> Word:
     """Where in `pairs` the search for two ids begins: a bucket of four words, half a line of the processor's cache."""
-    return ((key * MULTIPLIER) >> HALF) & Word(len(pairs) - 4)
+    return ((key * MIX1) >> HALF) & Word(len(pairs) - 4)
 
 
 @kernel
@@ -313,33 +305,12 @@ def merge_long(ids: NDArray[np.uint32], count: int, work: Work, rules: Rules) ->
 
 
 @kernel
-def hash_bytes(text: NDArray[np.uint8], begin: int, length: int) -> Word:
-    """A hash of text[begin : begin + length]."""
-    value = MULTIPLIER ^ Word(length)
-    whole = length - length % 8
-    for i in range(begin, begin + whole, 8):
-        value = (value ^ load_word(text, i)) * MIXER
-        value ^= value >> HALF
-    if length > whole:
-        rest = load_word(text, begin + whole) & ((ONE << Word(8 * (length - whole))) - ONE)
-        value = (value ^ rest) * MIXER
-        value ^= value >> HALF
-    return value
-
-
-@inline_kernel
-def slot_of(low: Word, high: Word, shift: Word, wrap: Word) -> Word:
-    """Index in `slots` where the search for a key begins."""
-    return ((low ^ (high * MIXER)) * MULTIPLIER >> shift) & wrap
-
-
-@kernel
 def rebuild(old: NDArray[np.uint64], new: NDArray[np.uint64], shift: int) -> None:
     """Move all slots of `old` into the larger and empty `new`."""
     for i in range(0, len(old), SLOT):
         if old[i + 1] == NONE:
             continue
-        slot = slot_of(old[i], old[i + 1], Word(shift), Word(len(new) - SLOT))
+        slot = (hash_key(old[i], old[i + 1]) >> Word(shift)) & Word(len(new) - SLOT)
         while new[slot + ONE] != NONE:
             slot = (slot + Word(SLOT)) & Word(len(new) - SLOT)
         for word in range(SLOT):
@@ -446,12 +417,8 @@ def find_homes(
     for i in range(size):
         begin = Word(starts[first + i])
         length = Word(starts[first + i + ONE]) - begin
-        low = i + i
-        if length <= Word(INLINE_BYTES):
-            copy_filled(keys, np.int64(low * Word(8)), text, np.int64(begin), FILLS, np.int64(length))
-        else:
-            keys[low], keys[low + ONE] = hash_bytes(text, np.int64(begin), np.int64(length)), length
-        homes[i] = slot_of(keys[low], keys[low + ONE], shift, wrap)
+        write_key(keys, i, text, begin, length, ALL)
+        homes[i] = (hash_key(keys[i + i], keys[i + i + ONE]) >> shift) & wrap
         prefetch(slots, np.int64(homes[i]) * 8)
 
 

@@ -266,6 +266,18 @@ def lowest_bit(typing_context: Any, mask: Any) -> Any:
 
 
 @instruction
+def leading_zeros(typing_context: Any, mask: Any) -> Any:
+    """Number of zeros above the highest set bit; 64 for 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(WORD, [WORD, ir.IntType(1)])
+        count = cgutils.get_or_insert_function(builder.module, kind, "llvm.ctlz.i64")
+        return builder.call(count, [arguments[0], ir.Constant(ir.IntType(1), 0)])
+
+    return types.uint64(types.uint64), generate
+
+
+@instruction
 def ones_of(typing_context: Any, mask: Any) -> Any:
     """Number of set bits."""
 
