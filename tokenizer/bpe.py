@@ -497,6 +497,7 @@ class BytesEncoder:
         self._special_ids = np.array([tokenizer.special_ids[token] for token in tokenizer.special_tokens], np.uint32)
         self._cache = self._empty_cache(self._first_words)
         self._own_words = self._cache.slots[:0]
+        kernels.rebuild(self._own_words, self._cache.slots, self._cache.shift)  # loaded now, not amid the text
         self._set_tables()
 
     def learn_vocabulary(self, tokenizer: Tokenizer) -> None:
