@@ -472,7 +472,7 @@ class BytesEncoder:
         max_slots: size at which a full cache is emptied instead of enlarged.
     """
 
-    def __init__(self, tokenizer: Tokenizer, first_slots: int = 1 << 18, max_slots: int = 1 << 21) -> None:
+    def __init__(self, tokenizer: Tokenizer, first_slots: int = 1 << 19, max_slots: int = 1 << 21) -> None:
         from tokenizer.kernels import encode as kernels
         from tokenizer.kernels.machine import words_of
 
