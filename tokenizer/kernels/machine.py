@@ -253,39 +253,35 @@ def copy_filled(typing_context: Any, target: Any, to: Any, source: Any, position
     return types.void(target, types.int64, source, types.int64, fills, types.int64), generate
 
 
+def _bit_counter(name: str, *flags: Any) -> Callable[..., Any]:
+    """What writes a call of the LLVM instruction `name` on a mask of 64 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(WORD, [WORD, *(flag.type for flag in flags)])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [*arguments, *flags])
+
+    return generate
+
+
+ZERO_IS_DEFINED = ir.Constant(ir.IntType(1), 0)
+
+
 @instruction
 def lowest_bit(typing_context: Any, mask: Any) -> Any:
     """Position of the lowest set bit; 64 for 0."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(WORD, [WORD, ir.IntType(1)])
-        count = cgutils.get_or_insert_function(builder.module, kind, "llvm.cttz.i64")
-        return builder.call(count, [arguments[0], ir.Constant(ir.IntType(1), 0)])
-
-    return types.int64(types.uint64), generate
+    return types.int64(types.uint64), _bit_counter("llvm.cttz.i64", ZERO_IS_DEFINED)
 
 
 @instruction
 def leading_zeros(typing_context: Any, mask: Any) -> Any:
     """Number of zeros above the highest set bit; 64 for 0."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(WORD, [WORD, ir.IntType(1)])
-        count = cgutils.get_or_insert_function(builder.module, kind, "llvm.ctlz.i64")
-        return builder.call(count, [arguments[0], ir.Constant(ir.IntType(1), 0)])
-
-    return types.uint64(types.uint64), generate
+    return types.uint64(types.uint64), _bit_counter("llvm.ctlz.i64", ZERO_IS_DEFINED)
 
 
 @instruction
 def ones_of(typing_context: Any, mask: Any) -> Any:
     """Number of set bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(WORD, [WORD])
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.ctpop.i64"), arguments)
-
-    return types.uint64(types.uint64), generate
+    return types.uint64(types.uint64), _bit_counter("llvm.ctpop.i64")
 
 
 def _prefetch(builder: Any, address: Any) -> None:
