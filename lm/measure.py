@@ -181,7 +181,9 @@ def peak_memory(step: Callable[[], Any], device: torch.device) -> int:
         step()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    # acc_events=False makes torch 2.10 warn of later cycles, of which there is none.
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         step()
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes.sort(key=lambda e: e.start_ns())
