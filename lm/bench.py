@@ -23,7 +23,7 @@ import torch
 
 from lm import accounting
 from lm.apart import LostError, call_apart
-from lm.generate import pick_device
+from lm.device import pick_device
 from lm.measure import (
     Entrant,
     Setting,

@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 import time
@@ -19,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lm.accounting import flops_per_token, num_parameters, peak_flops, training_memory_bytes
 from lm.control import RunControl, Stopped
+from lm.device import device_name, matmul_flops
 from lm.generate import Sampling, generate
 from lm.module import LanguageModel
 from tokenizer import Tokenizer
@@ -64,7 +64,7 @@ class MetricsLog(Callback):
                 file.truncate(self._num_bytes)
         self.every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         config = pl_module.transformer
-        self.flops_share = flops_per_token(config) / (matmul_flops(trainer) * trainer.world_size)
+        self.flops_share = flops_per_token(config) / (device_flops(trainer) * trainer.world_size)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the speed from here, after a pause."""
@@ -407,7 +407,7 @@ def header(trainer: Trainer, module: LanguageModel, control: RunControl) -> str:
     tokens_per_step = data.batch_size * data.context_length * trainer.accumulate_grad_batches * trainer.world_size
     splits = {name: split["num_tokens"] for name, split in data.meta["splits"].items()}
     parameters, flops = num_parameters(config), flops_per_token(config)
-    device = device_name(trainer)
+    device = device_name(trainer.strategy.root_device)
     memory = training_memory_bytes(config, data.batch_size, data.context_length, memory_precision(trainer))
     length = f"{trainer.max_steps:,} steps" if trainer.max_steps > 0 else "steps"
     if control.config.max_minutes is not None:
@@ -417,7 +417,7 @@ def header(trainer: Trainer, module: LanguageModel, control: RunControl) -> str:
         total = tokens_per_step * trainer.max_steps
         length += f", {total:,} tokens in all ({total / parameters:,.1f} per parameter)"
         steps_left = trainer.max_steps - trainer.global_step
-        seconds = flops * tokens_per_step * steps_left / (EXPECTED_MFU * matmul_flops(trainer) * trainer.world_size)
+        seconds = flops * tokens_per_step * steps_left / (EXPECTED_MFU * device_flops(trainer) * trainer.world_size)
         cost += f", about {duration(seconds)} at {EXPECTED_MFU:.0%} of the device's speed"
     lines = {
         "run": f"{control.directory}" + (f", from step {trainer.global_step:,}" if trainer.global_step else ""),
@@ -431,28 +431,13 @@ def header(trainer: Trainer, module: LanguageModel, control: RunControl) -> str:
     return "\n".join(f"{name:<6}{line}" for name, line in lines.items())
 
 
-def device_name(trainer: Trainer) -> str:
-    """What the device calls itself."""
-    device = trainer.strategy.root_device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
-
-
 def memory_precision(trainer: Trainer) -> Any:
     """The precision in the words of `accounting.training_memory_bytes`."""
     precision = str(trainer.precision)
     return precision if precision in ("bf16-mixed", "bf16-true") else "32-true"
 
 
-def matmul_flops(trainer: Trainer) -> float:
-    """The device's peak in FLOP/s; where no data sheet is known, the best of five products that are timed here."""
+def device_flops(trainer: Trainer) -> float:
+    """The device's peak in FLOP/s; where no data sheet is known, what it does in a product that is timed here."""
     device = trainer.strategy.root_device
-    peak = peak_flops(device_name(trainer), matmul_dtype(trainer))
-    if peak is not None:
-        return peak
-    a = torch.ones(768, 768, device=device)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        (a @ a).sum().item()
-        seconds.append(time.perf_counter() - began)
-    return 2 * 768**3 / min(seconds)
+    return peak_flops(device_name(device), matmul_dtype(trainer)) or matmul_flops(device, torch.float32, size=768)

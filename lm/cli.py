@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lm import default_config
 from lm.bundle import write_bundle
-from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, device_name, duration, figures
+from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, duration, figures
 from lm.checkpoint import (
     AtomicCheckpointIO,
     best_checkpoint,
@@ -41,6 +41,7 @@ from lm.checkpoint import (
 )
 from lm.control import RunConfig, RunControl, Signals, Stopped
 from lm.data import TokenDataModule
+from lm.device import device_name
 from lm.model import TransformerConfig
 from lm.module import LanguageModel, OptimizerConfig, ScheduleConfig, uses_cuda_graphs
 from lm.options import explain, fail, is_first_rank, known_keys
@@ -240,7 +241,8 @@ class CLI(LightningCLI):
         if self.model.validation_result:
             print(f"validation: {figures(self.model.validation_result)}")
         if config.bundle == "leaderboard":
-            bundle = write_bundle(control.directory, self.datamodule.directory, device_name(self.trainer))
+            device = device_name(self.trainer.strategy.root_device)
+            bundle = write_bundle(control.directory, self.datamodule.directory, device)
             print(f"to hand in: {bundle}")
         if self.samples.text:
             print(f"sample:\n{indent(self.samples.text)}")

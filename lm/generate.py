@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lm.device import pick_device
 from lm.functional import softmax
 from lm.model import KVCache, TransformerLM
 from tokenizer import Tokenizer
@@ -354,22 +355,6 @@ class Timed:
 
 
 # ------------------------------------------------------------------------------------------------- a trained model
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is a GPU where there is one.
-
-    Raises:
-        ValueError: no such device, or not on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"device={name}: this machine has none of that name; use cpu or auto") from None
-    return device
 
 
 def load(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm import accounting
+from lm.device import device_name, matmul_flops, memory_bandwidth, peak_memory, synchronize
 from lm.generate import Sampling, sample_tokens
 from lm.model import TransformerConfig, TransformerLM
 from lm.optim import AdamW, clip_gradients, cosine_schedule
@@ -167,29 +168,6 @@ class Trainer:
         return time.perf_counter()
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory(step: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes allocated on the device at any time during `step`, those from before it not counted."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    # acc_events=False makes torch 2.10 warn of later cycles, of which there is none.
-    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
-        step()
-    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes.sort(key=lambda e: e.start_ns())
-    return max(itertools.accumulate((e.nbytes() for e in changes), initial=0))
-
-
 # ------------------------------------------------------------------------------------------------------- Lightning
 
 
@@ -290,7 +268,7 @@ def compare_training(setting: Setting, device: torch.device, rivals: list[Entran
         device: where.
         rivals: beside "ours" and "lightning".
     """
-    matmul, bandwidth = matmul_flops(device, setting.precision), memory_bandwidth(device)
+    matmul, bandwidth = roofs(setting, device)
     with tempfile.TemporaryDirectory() as folder, quiet_lightning():
         directory = Path(folder)
         write_dataset(directory, setting.model.vocab_size)
@@ -551,35 +529,14 @@ def compare_generation(setting: Setting, device: torch.device, rivals: list[Entr
 # -------------------------------------------------------------------------------------------------------- the machine
 
 
-def best_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Seconds of one call: the best of four times `repeats` calls."""
-    seconds = []
-    for _ in range(4):
-        synchronize(device)
-        began = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        synchronize(device)
-        seconds.append((time.perf_counter() - began) / repeats)
-    return min(seconds)
-
-
-def matmul_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of one large matrix product on the device as it is: the roof that a training step cannot break through."""
-    dtype = torch.float32 if precision == "32-true" else torch.bfloat16
-    size, repeats = (8192, 20) if device.type == "cuda" else (2048, 3)
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        size = 256  # many a CPU has no unit for it: what float32 does in seconds takes minutes
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    return 2 * size**3 / best_seconds(lambda: a @ b, device, repeats)
-
-
-def memory_bandwidth(device: torch.device) -> float:
-    """Bytes per second that copying a large tensor reads and writes."""
-    size, repeats = (2**30, 20) if device.type == "cuda" else (2**26, 3)
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / best_seconds(lambda: target.copy_(source), device, repeats)
+def roofs(setting: Setting, device: torch.device) -> tuple[float, float]:
+    """FLOP/s of one large matrix product, and bytes per second of one large copy, on the device as it is."""
+    dtype = torch.float32 if setting.precision == "32-true" else torch.bfloat16
+    if device.type == "cuda":
+        return matmul_flops(device, dtype, 8192, repeats=20), memory_bandwidth(device, 2**30, repeats=20)
+    # Many a CPU has no unit for bfloat16: what float32 does in seconds takes minutes.
+    size = 2048 if dtype == torch.float32 else 256
+    return matmul_flops(device, dtype, size, repeats=3), memory_bandwidth(device, 2**26, repeats=3)
 
 
 def least_bytes(setting: Setting) -> int:
@@ -593,16 +550,6 @@ def least_bytes(setting: Setting) -> int:
     kept = accounting.activations(model, setting.batch_size, precision=setting.precision)
     width = 4 if setting.precision == "32-true" else 2
     return 2 * sum(part.num_bytes for part in kept) + accounting.num_parameters(model) * (2 * width + 4 + 28)
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def machine(device: torch.device) -> dict[str, Any]:

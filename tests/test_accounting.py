@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lm import accounting
 from lm.accounting import named_config
+from lm.device import peak_memory
 from lm.functional import cross_entropy
-from lm.measure import peak_memory
 from lm.model import TransformerConfig, TransformerLM
 from lm.optim import AdamW, clip_gradients
 

@@ -17,6 +17,7 @@ from lm import bench, measure
 from lm.accounting import config_from_yaml
 from lm.apart import LostError
 from lm.bench import TINY, Part
+from lm.device import peak_memory
 from lm.functional import cross_entropy
 from lm.measure import Setting
 from lm.model import TransformerLM
@@ -46,7 +47,7 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
         del a, b
         torch.zeros(500_000)
 
-    assert measure.peak_memory(step, torch.device("cpu")) == pytest.approx(8_000_000, rel=0.01)
+    assert peak_memory(step, torch.device("cpu")) == pytest.approx(8_000_000, rel=0.01)
 
 
 def test_the_chain_can_be_learnt_to_the_loss_it_says() -> None:
