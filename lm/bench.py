@@ -243,7 +243,7 @@ def run(
     JSON file is written after each part.
 
     Args:
-        suite: which parts; auto takes gpu where there is one. `--suite gpu` alone measures all GPU figures.
+        suite: which parts; auto takes gpu where CUDA has one. `--suite gpu` alone measures all GPU figures.
         only: the parts whose name contains this.
         rivals: also transformers' Llama, where installed, beside the loop of torch built-ins.
         rounds: turns of each entrant; default, each setting's own.

@@ -11,7 +11,7 @@ import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is a GPU where there is one.
+    """The device of this name; "auto" is a CUDA GPU where there is one.
 
     Raises:
         ValueError: no such device, or not on this machine.

@@ -405,7 +405,7 @@ def run(
         ckpt: a checkpoint file or a run directory; default, the newest run. Of a run, the best checkpoint.
         host: the address to listen at. Any other than the loopback one lets other machines use the model.
         port: where; 0 takes a free one.
-        device: cpu, cuda, mps, ...; auto takes a GPU where there is one.
+        device: cpu, cuda, mps, ...; auto takes a CUDA GPU where there is one.
         tokenizer: its directory; default, the copy in the run directory.
         compile: use torch.compile for each further token: the first takes up to a minute on a CPU.
         logs: where the runs are.

@@ -47,7 +47,7 @@ def run(
         interactive: a session in the terminal; /help there says what it knows.
         log_probabilities: list each token with the natural logarithm of its probability instead of the text.
         compile: use torch.compile for each further token: the first takes up to a minute on a CPU.
-        device: cpu, cuda, mps, ...; auto takes a GPU where there is one.
+        device: cpu, cuda, mps, ...; auto takes a CUDA GPU where there is one.
         logs: where the runs are.
     """
     seed = random.randrange(2**31) if seed is None else seed
