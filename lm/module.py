@@ -424,12 +424,13 @@ SAME_WEIGHTS = ("attention", "activation_checkpointing")
 
 
 def compiled(function: Callable[..., Tensor], mode: bool | CompileMode) -> Callable[..., Tensor]:
-    """`function` by torch.compile, in its default mode or the named one.
+    """`function` by torch.compile, in its default mode or the named one, anew for each shape that it meets.
 
+    Left to itself, torch would compile the second shape for any batch: training, after a validation of another size.
     With CUDA graphs each call begins a new replay, in the memory of the one before: the result is copied out, and
     gradients must be used up by then. So an update has one batch (`accumulate_grad_batches` 1).
     """
-    replayed = torch.compile(function, mode=mode if isinstance(mode, str) else None)
+    replayed = torch.compile(function, mode=mode if isinstance(mode, str) else None, dynamic=False)
     if not uses_cuda_graphs(mode):
         return replayed
 

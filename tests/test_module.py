@@ -1,6 +1,7 @@
 """The training recipe: schedule, loss, optimizer and validation, as the Trainer runs them."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ from lm import cli
 from lm.checkpoint import load_model
 from lm.data import WindowOrder, get_batch, open_split
 from lm.model import TransformerConfig, TransformerLM
-from lm.module import LanguageModel, LearningRate, OptimizerConfig, ScheduleConfig, TokenLoss
+from lm.module import LanguageModel, LearningRate, OptimizerConfig, ScheduleConfig, TokenLoss, compiled
 from lm.optim import Muon
 
 RUN = Path("logs/toy/version_0")
@@ -301,3 +302,18 @@ def test_a_checkpoint_is_plain_and_names_its_model(fit: Fit) -> None:
     assert all(name.startswith("model.") for name in checkpoint["state_dict"])
     with pytest.raises(ValueError, match="not written by `python -m lm fit`"):
         LanguageModel(TransformerConfig(vocab_size=257)).on_load_checkpoint({})
+
+
+def test_each_shape_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[Any]] = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        seen.append([size for tensor in inputs for size in tensor.shape])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    twice = compiled(lambda x: 2 * x, True)
+    for rows in (64, 128):  # validation, then training
+        assert twice(torch.ones(rows, 8)).shape == (rows, 8)
+    assert seen == [[64, 8], [128, 8]]
+    assert all(type(size) is int for sizes in seen for size in sizes)
