@@ -140,7 +140,7 @@ def matrix_products(
 ) -> list[MatrixProduct]:
     """The matrix products of one forward pass, in the order they happen.
 
-    Attention is counted in full, as it is computed: the causal mask hides half of the scores but saves no work.
+    Attention is counted in full, as is usual for the MFU, though half of the scores are masked and some not computed.
     """
     t = config.context_length if context_length is None else context_length
     d, f, layers = config.d_model, config.d_ff, config.num_layers
@@ -235,7 +235,7 @@ def kept_by_block(
     else:
         scores = batch_size * heads * t * t
         parts.append(Memory("mixed values", "BTd", tokens * d, narrow))
-        parts.append(Memory("attention scores and exponentials", "2·BhT²", 2 * scores, 4))
+        parts.append(Memory("attention scores as exponentials", "BhT²", scores, 4))
         parts.append(Memory("attention weights", "BhT²", scores, narrow))
     if config.qk_norm:
         parts.append(Memory("queries and keys before their norms", "2·BTd", 2 * tokens * d, narrow))
@@ -333,7 +333,8 @@ def training_memory_bytes(
     above = (config.num_layers - 1) * block_gradients
     bottom = 2 * stream + block + head + above + inside
 
-    update = everything + (head if config.head == "tied" else 0)
+    copies = 2 if device_type == "cuda" else 1  # on a GPU the update also needs a place for the roots of v
+    update = copies * everything + (head if config.head == "tied" else 0)
     return 3 * everything + max(loss, top, bottom, update)
 
 
@@ -457,9 +458,10 @@ def account(
     peak = peak_flops(device, dtype)
     device_type: DeviceType = "cpu" if peak is None else "cuda"
     seconds = training_seconds(config, num_tokens, peak, mfu) if num_tokens and peak else None
-    memory, one_more = (
+    large = 1 << 20  # far beyond the batches that are so small that the update takes the most memory
+    memory, smallest, at_large, one_more = (
         training_memory_bytes(config, size, precision=precision, device_type=device_type)
-        for size in (batch_size, batch_size + 1)
+        for size in (batch_size, 1, large, large + 1)
     )
     return {
         "config": asdict(config),
@@ -480,7 +482,9 @@ def account(
             for part in training_memory(config, batch_size, precision=precision, device_type=device_type)
         ],
         "memory_bytes": memory,
-        "memory_bytes_per_sequence": one_more - memory,
+        "memory_bytes_per_sequence": one_more - at_large,
+        "memory_bytes_fixed": at_large - large * (one_more - at_large),
+        "memory_bytes_at_least": smallest,
         "memory_gb": memory_gb,
         "largest_batch": largest_batch(config, memory_gb * 1e9, precision=precision, device_type=device_type),
         "device": device,
@@ -579,9 +583,10 @@ def _print_page(name: str, page: dict[str, Any]) -> None:
     title = f"Memory of a training step, {page['precision']}, batch size {page['batch_size']}"
     console.print(_table(title, ["part", "elements", "bytes each", "GB"], memory))
     slope = page["memory_bytes_per_sequence"]
-    constant = page["memory_bytes"] - page["batch_size"] * slope
+    constant, least = page["memory_bytes_fixed"], page["memory_bytes_at_least"]
+    at_least = f", but at least {least / 1e9:,.3f} GB" if least > slope + constant else ""
     console.print(
-        f"peak = {slope / 1e9:,.3f} GB · batch size + {constant / 1e9:,.3f} GB; "
+        f"peak = {slope / 1e9:,.3f} GB · batch size + {constant / 1e9:,.3f} GB{at_least}; "
         f"largest batch in {page['memory_gb']:g} GB: {page['largest_batch']:,} sequences\n"
     )
 

@@ -1,5 +1,6 @@
 """The device that everything runs on: which one, what it calls itself, how fast it is, how much memory a step takes."""
 
+import gc
 import itertools
 import platform
 import time
@@ -48,6 +49,7 @@ def synchronize(device: torch.device) -> None:
 
 def peak_memory(step: Callable[[], Any], device: torch.device) -> int:
     """The most bytes allocated on the device at any time during `step`, those from before it not counted."""
+    gc.collect()  # not amid the step: what it frees would count
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

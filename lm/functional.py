@@ -25,7 +25,7 @@ def softmax(x: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape"]:
     [0.5, 0.5]
     """
     wide = at_least_float32(x)
-    exponentials = torch.exp(wide - wide.amax(dim, keepdim=True))
+    exponentials = torch.exp(wide - wide.amax(dim, keepdim=True).detach())  # it cancels out, and so does its gradient
     return (exponentials / exponentials.sum(dim, keepdim=True)).to(x.dtype)
 
 
@@ -101,6 +101,7 @@ def causal_attention(
         blocks = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
         return gradients.CausalAttention.apply(*blocks).view(*q.shape[:-1], v.shape[-1])
     block = COMPILED_QUERIES if torch.compiler.is_compiling() else queries
+    v = v.contiguous()  # once, not for each block
     outputs = []
     for start in range(0, queries, block):
         end = min(start + block, queries)

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 HEADS, QUERIES = 32, 64  # of one block of attention scores: with some hundred keys they stay in a core's cache
-ROWS = 64  # of logits at a time, for the same reason
+ROWS = 64  # of logits at a time on a CPU, for the same reason; a GPU has enough to do with as many as may exist
 LOGITS = 2**25  # the most logits that `LinearCrossEntropy` holds at once: 128 MiB in float32
 
 
@@ -176,8 +176,9 @@ class CrossEntropy(Function):
 
 
 def in_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """For each tensor its blocks of `ROWS` rows."""
-    return (tensor.split(ROWS) for tensor in tensors)
+    """For each tensor its blocks of rows: of logits, the first of them, `ROWS`, or on a GPU up to `LOGITS` in all."""
+    rows = ROWS if tensors[0].is_cpu else max(1, LOGITS // tensors[0].shape[-1])
+    return (tensor.split(rows) for tensor in tensors)
 
 
 class LinearCrossEntropy(Function):
