@@ -208,7 +208,8 @@ def sample_batch(
         compile: use torch.compile, which takes up to a minute at first on a CPU.
 
     Raises:
-        ValueError: there is no prompt or an empty one, ids are beyond the vocabulary, or a number is below 1.
+        ValueError: there is no prompt or an empty one, ids are beyond the vocabulary, or a number is below 1; while it
+            writes, the model's logits are not finite.
     """
     vocab_size, device = model.config.vocab_size, model.token_embeddings.weight.device
     if num_samples < 1:
@@ -236,11 +237,12 @@ def sample_batch(
         for end in range(longest, length):
             logits = decoder.next_logits(text[:, :end]).float()
             if end >= given:
-                drawn_from = zip(sampling.probabilities(logits), generators, strict=True)
-                text[:, end] = torch.cat([torch.multinomial(row, 1, generator=own) for row, own in drawn_from])
+                text[:, end] = draw(sampling.probabilities(logits), generators)
             drawn = text[:, end]
             log_normalisers = logits.logsumexp(dim=-1, keepdim=True)
             log_probabilities = (logits.gather(-1, drawn[:, None]) - log_normalisers)[:, 0].tolist()
+            if not all(map(math.isfinite, log_probabilities)):
+                raise ValueError("the model's logits are not finite: its weights have diverged")
             best = logits.topk(min(num_alternatives, vocab_size))
             best_ids, best_log_probabilities = best.indices.tolist(), (best.values - log_normalisers).tolist()
             for i, (sample, token_id) in enumerate(zip(samples, drawn.tolist(), strict=True)):
@@ -255,6 +257,18 @@ def sample_batch(
                 return
 
     return steps()
+
+
+def draw(probabilities: Float[Tensor, "batch vocab"], generators: Sequence[torch.Generator]) -> Int[Tensor, " batch"]:
+    """One token of each row, drawn with the row's own generator; nothing waits for the device.
+
+    Of clocks that ring at random, token a's with rate p(a), the first to ring is that of a with probability p(a):
+    exponential times divided by their rates (what `torch.multinomial` does, after it has waited to check its input).
+    """
+    times = torch.empty_like(probabilities)
+    for row, generator in zip(times, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (probabilities / times).argmax(dim=-1)
 
 
 def sample_tokens(

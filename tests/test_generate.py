@@ -22,6 +22,7 @@ from lm.checkpoint import AtomicCheckpointIO
 from lm.generate import (
     Decoder,
     Sampling,
+    draw,
     encode_prompt,
     end_of_text_id,
     generate,
@@ -168,6 +169,20 @@ def test_samples_follow_the_distribution() -> None:
     counts = torch.bincount(torch.tensor([s.token_ids[0] for s in samples]), minlength=8)
     deviation = (4000 * expected * (1 - expected)).sqrt()
     assert ((counts - 4000 * expected).abs() < 5 * deviation + 1).all()
+
+
+def test_draws_are_those_of_torch_with_the_same_generators() -> None:
+    probabilities = torch.randn(50, 997, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    ours = draw(probabilities, [torch.Generator().manual_seed(i) for i in range(50)])
+    theirs = [torch.multinomial(p, 1, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(probabilities)]
+    assert ours.tolist() == torch.cat(theirs).tolist()
+
+
+def test_a_model_that_has_diverged_says_so() -> None:
+    model = make_model(vocab_size=8)
+    model.lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        next(sample_tokens(model, [3], Sampling(max_new_tokens=1)))
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def test_each_shape_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     twice = compiled(lambda x: 2 * x, True)
-    for rows in (64, 128):  # validation, then training
-        assert twice(torch.ones(rows, 8)).shape == (rows, 8)
+    for batch_size in (64, 128):  # validation, then training
+        assert twice(torch.ones(batch_size, 8)).shape == (batch_size, 8)
     assert seen == [[64, 8], [128, 8]]
     assert all(type(size) is int for sizes in seen for size in sizes)
