@@ -41,6 +41,7 @@ class MetricsLog(Callback):
         self.control = control
         self.tokens_seen = 0
         self.last: dict[str, float] = {}
+        self.last_step = 0  # of the last row; none has been written
         self._window: tuple[float, int] | None = None  # since when the speed is measured, and tokens seen then
         self._num_bytes = 0
 

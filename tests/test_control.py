@@ -271,6 +271,13 @@ def test_a_run_that_diverges_keeps_its_last_finite_checkpoint(
     assert last["train/loss"] is None, "the update that was not finite is in the log"
 
 
+def test_a_run_that_diverges_before_its_first_row_is_no_crash(fit: Fit) -> None:
+    assert fit("--model.optimizer.lr=1e38", "--trainer.log_every_n_steps=50") == 3
+    assert summary()["status"] == "diverged"
+    [row] = rows(RUN)
+    assert None in (row["train/loss"], row["grad_norm"]), "the update that was not finite is in the log"
+
+
 # ----------------------------------------------------------------------------------------------------- one at a time
 
 
