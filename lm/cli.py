@@ -313,10 +313,10 @@ def find_problems(config: Namespace, subcommand: str) -> list[str]:
             f"{trainer.accumulate_grad_batches}: each batch would overwrite the gradients of the one before; "
             "use --model.compile true"
         )
-    if (data.val_context_length or 0) > data.context_length and config.model.transformer.position == "rope":
+    if (data.val_context_length or 0) > data.context_length:
         problems.append(
             f"data.val_context_length={data.val_context_length} is longer than data.context_length="
-            f"{data.context_length}: the model has positions for that many tokens"
+            f"{data.context_length}: the model takes no more tokens than that at once"
         )
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         problems.append(f"ckpt_path: there is no file {config.ckpt_path}")

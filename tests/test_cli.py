@@ -162,6 +162,27 @@ def test_settings_that_cannot_work_together_are_refused(
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--model.transformer.position=none", "--data.val_context_length=32"],
+            "data.val_context_length=32 is longer than data.context_length=16",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_a_run_could_not_do_is_refused_before_it_has_a_folder(
+    fit: Run, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert fit(*arguments) == 2
+    said = capfd.readouterr().err.strip()
+    assert said.startswith("error: ")
+    assert message in said
+    assert "\n" not in said
+    assert not RUN.exists()
+
+
 def test_a_parsers_other_messages_become_one_line() -> None:
     assert explain("Problems parsing config:\n  line 1\n  line 2", []) == "Problems parsing config: line 1 line 2"
 
