@@ -303,7 +303,7 @@ def find_problems(config: Namespace, subcommand: str) -> list[str]:
             problems.append(f"{key}: {error}")
     trainer, data, schedule = config.trainer, config.data, config.model.schedule
     if subcommand == "fit":
-        problems += run_problems(trainer, schedule, config.run)
+        problems += run_problems(trainer, schedule, config.run) + update_problems(trainer)
     for name in ("train_text", "valid_text"):
         if getattr(data, name) is not None and not Path(getattr(data, name)).is_file():
             problems.append(f"data.{name}: there is no file {getattr(data, name)}")
@@ -342,6 +342,16 @@ def run_problems(trainer: Namespace, schedule: Namespace, run: Namespace) -> lis
             check_folder(Path(run.logs))
     except OSError as error:
         problems.append(f"run.logs: {error.strerror or error}")
+    return problems
+
+
+def update_problems(trainer: Namespace) -> list[str]:
+    """What no update can do."""
+    problems = []
+    if trainer.gradient_clip_algorithm == "value":
+        problems.append(
+            "trainer.gradient_clip_algorithm=value: only the norm of all gradients can be clipped; leave it out"
+        )
     return problems
 
 

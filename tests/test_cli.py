@@ -169,6 +169,7 @@ def test_settings_that_cannot_work_together_are_refused(
             ["--model.transformer.position=none", "--data.val_context_length=32"],
             "data.val_context_length=32 is longer than data.context_length=16",
         ),
+        (["--trainer.gradient_clip_algorithm=value"], "trainer.gradient_clip_algorithm=value: only the norm"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
