@@ -303,7 +303,7 @@ def find_problems(config: Namespace, subcommand: str) -> list[str]:
             problems.append(f"{key}: {error}")
     trainer, data, schedule = config.trainer, config.data, config.model.schedule
     if subcommand == "fit":
-        problems += run_problems(trainer, schedule, config.run) + update_problems(trainer)
+        problems += run_problems(trainer, schedule, config.run) + update_problems(trainer, config.model)
     for name in ("train_text", "valid_text"):
         if getattr(data, name) is not None and not Path(getattr(data, name)).is_file():
             problems.append(f"data.{name}: there is no file {getattr(data, name)}")
@@ -345,12 +345,17 @@ def run_problems(trainer: Namespace, schedule: Namespace, run: Namespace) -> lis
     return problems
 
 
-def update_problems(trainer: Namespace) -> list[str]:
+def update_problems(trainer: Namespace, model: Namespace) -> list[str]:
     """What no update can do."""
     problems = []
     if trainer.gradient_clip_algorithm == "value":
         problems.append(
             "trainer.gradient_clip_algorithm=value: only the norm of all gradients can be clipped; leave it out"
+        )
+    if model.optimizer.head_lr is not None and model.transformer.head == "tied":
+        problems.append(
+            f"model.optimizer.head_lr={model.optimizer.head_lr}, but model.transformer.head=tied has none of its own: "
+            "use --model.optimizer.embedding_lr"
         )
     return problems
 

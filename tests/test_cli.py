@@ -170,6 +170,10 @@ def test_settings_that_cannot_work_together_are_refused(
             "data.val_context_length=32 is longer than data.context_length=16",
         ),
         (["--trainer.gradient_clip_algorithm=value"], "trainer.gradient_clip_algorithm=value: only the norm"),
+        (
+            ["--model.optimizer.head_lr=0.1", "--model.transformer.head=tied"],
+            "model.optimizer.head_lr=0.1, but model.transformer.head=tied",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
