@@ -357,6 +357,10 @@ def update_problems(trainer: Namespace, model: Namespace) -> list[str]:
             f"model.optimizer.head_lr={model.optimizer.head_lr}, but model.transformer.head=tied has none of its own: "
             "use --model.optimizer.embedding_lr"
         )
+    if model.optimizer.matrices == "muon" and trainer.strategy == "fsdp2":
+        problems.append(
+            "model.optimizer.matrices=muon needs whole matrices, and FSDP cuts them: use --trainer.strategy ddp"
+        )
     return problems
 
 

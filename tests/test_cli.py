@@ -174,6 +174,7 @@ def test_settings_that_cannot_work_together_are_refused(
             ["--model.optimizer.head_lr=0.1", "--model.transformer.head=tied"],
             "model.optimizer.head_lr=0.1, but model.transformer.head=tied",
         ),
+        (["--model.optimizer.matrices=muon", "--trainer.strategy=fsdp2"], "muon needs whole matrices"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
