@@ -54,6 +54,8 @@ def run(
     sampling = Sampling(temperature, top_k, top_p, min_p, max_new_tokens, seed)
     if prompts is not None and (interactive or prompt is not None):
         raise ValueError("--prompts goes with no other prompt: leave that out, and --interactive")
+    if interactive and (prompt is not None or num_samples != 1 or log_probabilities):
+        raise ValueError("--interactive goes with no --prompt, --num_samples or --log_probabilities: leave them out")
     model, loaded, info = load(ckpt, logs, tokenizer, device)
     if interactive:
         Session(model, loaded, sampling, describe(model, info), compile).run()

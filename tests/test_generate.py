@@ -373,6 +373,12 @@ def session(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, *lines: str) -> N
     command.run(ckpt=checkpoint, interactive=True, seed=0)
 
 
+@pytest.mark.parametrize("option", [{"prompt": "ab"}, {"num_samples": 2}, {"log_probabilities": True}], ids=str)
+def test_a_session_takes_no_option_that_it_would_leave_out(checkpoint: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"--interactive goes with no .*--{next(iter(option))}"):
+        command.run(ckpt=checkpoint, interactive=True, **option)
+
+
 def greedy(prompt: str) -> str:
     return prompt + generate(make_model(), BYTES, prompt, Sampling(temperature=0, max_new_tokens=3))[0]
 
