@@ -8,6 +8,7 @@ touched.
 import contextlib
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -246,14 +247,18 @@ class CLI(LightningCLI):
             print(f"to hand in: {bundle}")
         if self.samples.text:
             print(f"sample:\n{indent(self.samples.text)}")
-        print(
-            f"everything is in {control.directory}\n"
-            "next:\n"
-            '  python -m lm generate --prompt "Once upon a time"   text from this model\n'
-            "  python -m lm validate                               the whole validation set, best checkpoint\n"
-            f"  tensorboard --logdir {config.logs:<31}curves, samples, settings\n"
-            "  python -m lm fit --data.train_text my.txt           your own text"
-        )
+        logs = shlex.quote(config.logs)
+        elsewhere = config.logs != RunConfig.logs
+        following = {
+            f'python -m lm generate{f" --logs {logs}" * elsewhere} --prompt "Once upon a time"': "text from this model",
+            f"python -m lm validate{f' --run.logs {logs}' * elsewhere}": "the whole validation set, best checkpoint",
+            f"tensorboard --logdir {logs}": "curves, samples, settings",
+            "python -m lm fit --data.train_text my.txt": "your own text",
+        }
+        width = max(map(len, following))
+        print(f"everything is in {control.directory}\nnext:")
+        for words, purpose in following.items():
+            print(f"  {words:<{width}}   {purpose}")
 
     def validate(self, **kwargs: Any) -> None:
         """The whole validation set."""

@@ -1,6 +1,7 @@
 """The command line: what is listed, what is refused and how, what a bare command takes."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -224,6 +225,17 @@ def test_validate_alone_takes_the_best_checkpoint_of_the_newest_run_as_it_was_ma
     assert sorted(path for path in Path("logs").rglob("*")) == before, "validation leaves no files"
     assert lm("validate", "--data.val_batch_size=2", "--data.val_context_length=8") == 0
     assert f"loss {loss:.4f} nats" not in capfd.readouterr().out, "what is typed wins over the run's configuration"
+
+
+def test_the_commands_named_at_the_end_find_a_run_kept_elsewhere(
+    fit: Run, lm: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--run.logs=some where") == 0
+    named = [line.strip().split("   ")[0] for line in capfd.readouterr().out.splitlines() if "python -m lm" in line]
+    generate, validate, _ = [shlex.split(words)[3:] for words in named]
+    assert lm(*generate) == 0
+    assert lm(*validate) == 0
+    assert "some where/toy/version_0" in capfd.readouterr().out
 
 
 def test_the_saved_configuration_makes_the_same_run_again(fit: Run, lm: Run) -> None:
