@@ -429,13 +429,15 @@ def make_strategy(trainer: Namespace, timeout: timedelta) -> Any:
 def default_configs(argv: list[str]) -> dict[str, list[str]]:
     """The configuration below everything typed: the built-in corpus' for a fit, the run's own for what came from one.
 
-    Adds `--ckpt_path` to a `validate` without one: the best checkpoint of the newest run.
+    Adds `--ckpt_path` to a `validate` without one, or with a run's folder: the best checkpoint of the newest run, or of
+    that one.
     """
     subcommand, logs = argv[0] if argv else "", option(argv, "--run.logs") or "logs"
     checkpoint = option(argv, "--ckpt_path")
-    if subcommand == "validate" and checkpoint is None and not {"-h", "--help"} & set(argv):
-        checkpoint = str(best_checkpoint(find_run(logs)))
-        argv += ["--ckpt_path", checkpoint]
+    run = Path(checkpoint) if checkpoint and Path(checkpoint).is_dir() else None
+    if subcommand == "validate" and (run or checkpoint is None) and not {"-h", "--help"} & set(argv):
+        checkpoint = str(best_checkpoint(run or find_run(logs)))
+        argv += ["--ckpt_path", checkpoint]  # the last one counts
     own = Path(checkpoint).parent.parent / "config.yaml" if checkpoint else default_config()
     return {subcommand: [str(own)]} if own.is_file() and subcommand in CLI.subcommands() else {}
 

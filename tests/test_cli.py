@@ -99,6 +99,7 @@ def test_a_tool_starts_without_lightning(tool: str, option: str) -> None:
         (["validate", "--data.batchsize=2", "--ckpt_path=x"], "did you mean --data.batch_size?"),
         (["validate"], "no run with a checkpoint below logs: `python -m lm fit` makes one"),
         (["validate", "--ckpt_path=absent.ckpt"], "ckpt_path: there is no file absent.ckpt"),
+        (["validate", "--ckpt_path=."], "no checkpoint in ."),
         (["fit", "--ckpt_path=absent.ckpt"], "ckpt_path: there is no file absent.ckpt"),
         (["generate", "--promt", "x"], "--promt is no option: did you mean --prompt?"),
         (["generate", "--temperature", "hot"], "temperature: 'hot' must be float"),
@@ -223,6 +224,8 @@ def test_validate_alone_takes_the_best_checkpoint_of_the_newest_run_as_it_was_ma
     loss = json.loads(best.with_suffix(".json").read_text())["metrics"]["val/loss"]
     assert f"loss {loss:.4f} nats per token" in said
     assert sorted(path for path in Path("logs").rglob("*")) == before, "validation leaves no files"
+    assert lm("validate", f"--ckpt_path={RUN}") == 0
+    assert f"{best}\nloss {loss:.4f} nats per token" in capfd.readouterr().out, "a run's folder stands for it"
     assert lm("validate", "--data.val_batch_size=2", "--data.val_context_length=8") == 0
     assert f"loss {loss:.4f} nats" not in capfd.readouterr().out, "what is typed wins over the run's configuration"
 
