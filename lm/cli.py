@@ -46,6 +46,7 @@ from lm.device import device_name
 from lm.model import TransformerConfig
 from lm.module import LanguageModel, OptimizerConfig, ScheduleConfig, uses_cuda_graphs
 from lm.options import explain, fail, is_first_rank, known_keys
+from lm.report import by_version
 
 PARENT = "LM_PARENT"  # environment variable: the process that started this one
 
@@ -173,17 +174,16 @@ class CLI(LightningCLI):
     def _resume(self, config: Namespace) -> None:
         """Find the newest good checkpoint of the newest run of this name that has one."""
         place = Path(config.run.logs) / config.run.name
-        versions = sorted(place.glob("version_*/checkpoints"), key=lambda path: int(path.parent.name.split("_")[1]))
         first = is_first_rank()
-        for folder in reversed(versions):
-            lock = lock_run(folder.parent) if first else None
+        for version in reversed(by_version(path.parent for path in place.glob("version_*/checkpoints"))):
+            lock = lock_run(version) if first else None
             try:
-                config.ckpt_path = str(newest_checkpoint(folder.parent, set_aside=first))
+                config.ckpt_path = str(newest_checkpoint(version, set_aside=first))
             except FileNotFoundError:
                 if lock is not None:
                     lock.close()
                 continue
-            self.resumed, self.lock = folder.parent, lock
+            self.resumed, self.lock = version, lock
             if first:
                 print(f"resuming {config.ckpt_path}")
             return

@@ -93,12 +93,20 @@ def flatten(settings: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def by_version(folders: Iterable[Path]) -> list[Path]:
+    """Those of `folders` that are called `version_k`, by k; what else lies beside a run is none of its versions.
+
+    >>> [path.name for path in by_version(map(Path, ["version_10", "version_9", "version_9-old"]))]
+    ['version_9', 'version_10']
+    """
+    versions = [folder for folder in folders if re.fullmatch(r"version_[0-9]+", folder.name)]
+    return sorted(versions, key=lambda folder: int(folder.name.removeprefix("version_")))
+
+
 def find_runs(study: Path) -> list[Run]:
     """Every run below `study`, by name; of several versions of one run the newest that has metrics."""
     newest: dict[str, Run] = {}
-    versions = sorted(study.rglob("version_*/metrics.jsonl"), key=lambda path: int(path.parent.name.split("_")[1]))
-    for metrics in versions:
-        directory = metrics.parent
+    for directory in by_version(metrics.parent for metrics in study.rglob("version_*/metrics.jsonl")):
         name = directory.parent.relative_to(study).as_posix() if directory.parent != study else directory.name
         newest[name] = read_run(directory, name)
     return [newest[name] for name in sorted(newest)]

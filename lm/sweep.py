@@ -37,7 +37,7 @@ import yaml
 
 from lm import default_config
 from lm.checkpoint import InUseError, lock_run
-from lm.report import flatten
+from lm.report import by_version, flatten
 from tokenizer.files import atomic_write
 
 KEYS = {"study", "configs", "grid", "runs", "seeds", "scales", "text", "include"}
@@ -74,7 +74,7 @@ class PlannedRun:
 
     def status(self, logs: str) -> str | None:
         """What the newest version's summary says, None if the run never ended by itself."""
-        versions = sorted(Path(logs, self.study, self.name).glob("version_*"), key=lambda v: int(v.name.split("_")[1]))
+        versions = by_version(Path(logs, self.study, self.name).glob("version_*"))
         summary = versions[-1] / "summary.json" if versions else None
         return json.loads(summary.read_text()).get("status") if summary and summary.is_file() else None
 

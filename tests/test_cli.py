@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -247,6 +248,13 @@ def test_the_saved_configuration_makes_the_same_run_again(fit: Run, lm: Run) -> 
     assert fit("--model.transformer.norm=post", "--seed_everything=5") == 0
     assert lm("fit", f"--config={RUN / 'config.yaml'}", "--run.name=again") == 0
     assert rows(Path("logs/again/version_0")) == rows(RUN)
+
+
+def test_a_copy_beside_a_run_is_not_resumed(fit: Run) -> None:
+    assert fit() == 0
+    shutil.copytree(RUN, RUN.with_name("version_0-old"))
+    assert fit("--resume=must", "--trainer.max_steps=10") == 0
+    assert [folder for folder in sorted(RUN.parent.iterdir()) if list(folder.rglob("step-000010.ckpt"))] == [RUN]
 
 
 def test_a_checkpoint_given_by_name_begins_a_run_of_its_own(fit: Run, lm: Run) -> None:

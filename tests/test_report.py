@@ -116,6 +116,14 @@ def test_the_newest_version_of_a_run_counts(study: Path) -> None:
     assert runs["lr_0.01-seed_0"].status == "unfinished"
 
 
+def test_a_copy_beside_a_run_does_not_count(study: Path) -> None:
+    before = find_runs(study)
+    version = study / "lr_0.01-seed_0" / "version_0"
+    version.with_name("version_0-old").mkdir()
+    (version.with_name("version_0-old") / "metrics.jsonl").write_text('{"step": 10, "val/loss": 0.5}\n')
+    assert find_runs(study) == before
+
+
 def test_no_runs_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no runs in .*nothing"):
         report("nothing", logs=str(tmp_path))

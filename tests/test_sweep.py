@@ -124,6 +124,15 @@ def test_done_runs_are_skipped_and_failures_retried(
     assert "8 of them done before" in capsys.readouterr().out
 
 
+def test_the_newest_version_has_the_status_and_a_copy_beside_it_none(grid: Path, tmp_path: Path) -> None:
+    run = plan(grid, "cpu")[0]
+    for name, status in {"version_9": "failed", "version_10": "finished", "version_9-old": "diverged"}.items():
+        version = tmp_path / "logs" / run.study / run.name / name
+        version.mkdir(parents=True)
+        (version / "summary.json").write_text(json.dumps({"status": status}))
+    assert run.status(str(tmp_path / "logs")) == "finished"
+
+
 def test_a_failed_run_does_not_stop_the_others(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logs = tmp_path / "logs"
     monkeypatch.setattr("lm.sweep.subprocess", finish(logs, "failed"))
