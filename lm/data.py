@@ -382,8 +382,8 @@ class TokenDataModule(pl.LightningDataModule):
         self.corpus, self.train_text, self.valid_text = corpus, train_text, valid_text
         self.directory = Path(directory) if directory is not None else None
         self.data_dir, self.context_length, self.batch_size = data_dir, context_length, batch_size
-        self.val_context_length = val_context_length or context_length
-        self.val_batch_size = val_batch_size or batch_size
+        self.val_context_length = context_length if val_context_length is None else val_context_length
+        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.windows, self.num_workers = windows, num_workers
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # where Lightning notes its own
         self.tokens_on, self.changed_data = tokens_on, changed_data

@@ -446,6 +446,8 @@ def test_validation_needs_no_training_file_and_two_tokens(tmp_path: Path) -> Non
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"context_length": -1}, "context_length=-1 must be at least 1"),
         ({"val_context_length": -5}, "val_context_length=-5 must be at least 1"),
+        ({"val_context_length": 0}, "val_context_length=0 must be at least 1"),
+        ({"val_batch_size": 0}, "val_batch_size=0 must be at least 1"),
         ({"seed": -1}, "seed=-1 must be in"),
         ({"num_workers": -1}, "num_workers=-1 must be"),
         ({"valid_text": "v.txt"}, "valid_text=v.txt needs a train_text"),
