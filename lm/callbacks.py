@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lm.accounting import flops_per_token, num_parameters, peak_flops, training_memory_bytes
+from lm.accounting import DeviceType, flops_per_token, num_parameters, peak_flops, training_memory_bytes
 from lm.control import RunControl, Stopped
 from lm.device import device_name, matmul_flops
 from lm.generate import Sampling, generate
@@ -409,7 +409,8 @@ def header(trainer: Trainer, module: LanguageModel, control: RunControl) -> str:
     splits = {name: split["num_tokens"] for name, split in data.meta["splits"].items()}
     parameters, flops = num_parameters(config), flops_per_token(config)
     device = device_name(trainer.strategy.root_device)
-    memory = training_memory_bytes(config, data.batch_size, data.context_length, memory_precision(trainer))
+    kind: DeviceType = "cuda" if trainer.strategy.root_device.type == "cuda" else "cpu"
+    memory = training_memory_bytes(config, data.batch_size, data.context_length, memory_precision(trainer), kind)
     length = f"{trainer.max_steps:,} steps" if trainer.max_steps > 0 else "steps"
     if control.config.max_minutes is not None:
         length += f" or {duration(60 * control.config.max_minutes)}"

@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import SETTINGS, make_dataset, rows
 
 from lm import callbacks, cli
+from lm.accounting import training_memory_bytes
 from lm.callbacks import MetricsLog, Progress
 from lm.control import RunConfig, RunControl
+from lm.model import TransformerConfig
+from lm.module import LanguageModel
 
 RUN = Path("logs/toy/version_0")
 Fit = Callable[..., int]
@@ -117,6 +121,22 @@ def test_the_header_says_what_the_run_is(fit: Fit, capfd: pytest.CaptureFixture[
     assert "finished: 8 steps, 1,024 tokens" in said
     assert "MFLOP per token" in said
     assert "python -m lm generate" in said
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_header_says_what_memory_this_kind_of_device_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    monkeypatch.setattr(callbacks, "device_name", lambda device: device.type)
+    config = TransformerConfig(vocab_size=512, context_length=1024, num_layers=2, d_model=64, num_heads=4, d_ff=128)
+    data = SimpleNamespace(batch_size=8, context_length=1024, directory=tmp_path, meta={"splits": {}})
+    trainer = Trainer(accelerator="cpu", logger=False, max_steps=-1)
+    trainer.strategy._root_device = torch.device(kind)  # type: ignore[attr-defined]
+    monkeypatch.setattr(callbacks, "dataset", lambda trainer: data)
+    control = RunControl(RunConfig())
+    control.directory = tmp_path
+    said = callbacks.header(trainer, LanguageModel(config), control)
+    assert f"about {training_memory_bytes(config, 8, device_type=kind) / 1e9:.2g} GB per device" in said
 
 
 def test_the_progress_line_has_loss_speed_and_time_left() -> None:
