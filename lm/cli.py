@@ -269,7 +269,8 @@ class CLI(LightningCLI):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host could not allocate."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # of errors that have no class of their own
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def memory_advice(data: TokenDataModule, trainer: Trainer) -> str:

@@ -196,7 +196,14 @@ def test_a_parsers_other_messages_become_one_line() -> None:
     assert explain("Problems parsing config:\n  line 1\n  line 2", []) == "Problems parsing config: line 1 line 2"
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_out_of_memory_says_which_batch_to_try(
     fit: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: BaseException
 ) -> None:
