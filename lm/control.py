@@ -278,11 +278,12 @@ class RunControl(Checkpoint):
         return 1 if alone else self.config.sync_every_n_steps
 
     def _synchronise(self, trainer: Trainer, module: LanguageModel, step: int) -> None:
+        diverged = float(module.nonfinite.item())  # first: it waits for the device, and the clock counts that
         local = [
             self.clock.now(),
             self.paused_seconds,
             float(self.signals.received),
-            float(module.nonfinite.item()),
+            diverged,
             self.validation_seconds + self.save_seconds,
         ]
         seconds, paused, signum, nonfinite, last_pause = max_over_ranks(trainer, local)

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from toy import SETTINGS, make_dataset, rows
 
 from lm import callbacks, cli, control
 from lm.control import Clock, RunConfig, RunControl, Signals, Stopped, requeue_job
+from lm.model import TransformerConfig
 from lm.module import LanguageModel
 
 Fit = Callable[..., int]
@@ -59,6 +61,20 @@ def before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, action: Calla
 
 
 # ------------------------------------------------------------------------------------------------------------- clock
+
+
+def test_the_time_agreed_on_includes_the_steps_that_the_device_still_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(seconds=1.0)
+
+    def wait() -> bool:
+        clock.seconds += 5
+        return False
+
+    monkeypatch.setattr(control, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    run, module = RunControl(RunConfig(), started=0.0), LanguageModel(TransformerConfig(vocab_size=257))
+    module.nonfinite = SimpleNamespace(item=wait)  # type: ignore[assignment]
+    run._synchronise(Trainer(accelerator="cpu", logger=False, max_steps=1), module, 1)
+    assert run.clock.at(1) == 6.0
 
 
 def test_between_agreements_the_clock_goes_by_steps_alone() -> None:
