@@ -1,8 +1,10 @@
 """One call in a process of its own, with a limit to its time: whatever ends it costs nothing but its result."""
 
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -48,11 +50,20 @@ def call_apart(function: Callable[..., Any], *args: Any, seconds: float | int | 
 
 def _call(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """In the child: send the result and None, or None and the error."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         sender.send((function(*args), None))
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         sender.send((None, f"{type(error).__name__}: {' '.join(str(error).split())}"))
+
+
+def _end_with_parent() -> None:
+    """Wait until the process that wants the result is gone, then end: nobody else would free the device."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _how_it_ended(exit_code: int | None) -> str:

@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +36,31 @@ def test_one_that_takes_too_long_is_ended() -> None:
         call_apart(time.sleep, 600, seconds=0.4)
     assert time.monotonic() - began < 300
     assert not multiprocessing.active_children()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+def test_one_whose_caller_is_killed_ends_too() -> None:
+    call = "import time; from lm.apart import call_apart; call_apart(time.sleep, 600)"
+    caller = subprocess.Popen([sys.executable, "-c", call])
+    try:
+        children: list[int] = []
+        while not children:  # the first one may keep track of resources
+            assert caller.poll() is None
+            pids = map(int, Path(f"/proc/{caller.pid}/task/{caller.pid}/children").read_text().split())
+            children = [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            time.sleep(0.05)
+        time.sleep(0.5)
+    finally:
+        caller.kill()
+        caller.wait()
+    deadline = time.monotonic() + 60
+    while any(map(is_running, children)):
+        assert time.monotonic() < deadline, f"{children} are left"
+        time.sleep(0.05)
