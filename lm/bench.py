@@ -82,8 +82,8 @@ SUITES: dict[str, list[Part]] = {  # what is asked for most first
         Part("curves", dataclasses.replace(GPU_BASE, batch_size=64, steps=400, rounds=3)),
         Part("memory", Setting("base", BASE, 128)),
         Part("memory", Setting("12 x 768, context 1024", SMALL_GPT2, 8)),
-        Part("generation", GPU_BASE),
-        Part("generation", GPU_LARGE),
+        Part("generation", dataclasses.replace(GPU_BASE, name="base, bf16")),
+        Part("generation", dataclasses.replace(GPU_LARGE, name="12 x 768, context 1024, bf16")),
         Part("training", dataclasses.replace(GPU_BASE, name=GRAPHS, compile="reduce-overhead")),
         Part("training", Setting("base, float32", BASE, 128, steps=20)),
     ],
@@ -240,7 +240,7 @@ def run(
     """Measure training steps and generation beside what one would write without this project.
 
     Each part is a process of its own: one that fails or takes too long is named in the result and costs no other. The
-    JSON file is written after each part.
+    files are written after each part.
 
     Args:
         suite: which parts; auto takes gpu where CUDA has one. `--suite gpu` alone measures all GPU figures.
@@ -286,10 +286,9 @@ def run(
         if json_path is not None:  # after each part, for whatever ends the process
             with atomic_write(json_path, "w") as file:
                 json.dump(result, file, indent=1)
-    text = markdown(result)
-    print(text)
-    if markdown_path is not None:
-        with atomic_write(markdown_path, "w") as file:
-            file.write(text)
+        if markdown_path is not None:
+            with atomic_write(markdown_path, "w") as file:
+                file.write(markdown(result))
+    print(markdown(result))
     if not any(result[kind] for kind in MEASURE):
         raise ValueError("nothing could be measured: what went wrong stands above")

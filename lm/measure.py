@@ -89,6 +89,7 @@ class Trainer:
         losses = {"builtin": self._builtin_loss, "transformers": self._llama_loss}
         loss: Callable[..., Tensor] = losses.get(entrant, self._our_loss)
         self.compute_loss = compiled(loss, setting.compile) if setting.compile else loss
+        self.next_batch: tuple[Tensor, Tensor] | None = None
 
     def _our_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.model(inputs, targets=targets)
@@ -100,7 +101,13 @@ class Trainer:
         return F.cross_entropy(self.model(inputs, use_cache=False).logits.flatten(0, 1), targets.flatten())
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """A batch: ours from the device or with `get_batch`, as in a run of the project; a rival's as in nanoGPT."""
+        """A batch: ours from the device or with `get_batch`, as in a run of the project; a rival's as in nanoGPT.
+
+        That is from pinned memory, without waiting for the copy, and fetched while the device computes the step before.
+        """
+        if self.next_batch is not None:
+            batch, self.next_batch = self.next_batch, None
+            return batch
         batch_size, length = self.setting.batch_size, self.setting.model.context_length
         if self.device_tokens is not None:
             starts = torch.randint(len(self.tokens) - length, (batch_size,), device=self.device)
@@ -112,7 +119,9 @@ class Trainer:
         starts = torch.randint(len(self.tokens) - length, (batch_size,))
         inputs = torch.stack([torch.from_numpy(self.tokens[i : i + length].astype(np.int64)) for i in starts])
         targets = torch.stack([torch.from_numpy(self.tokens[i + 1 : i + 1 + length].astype(np.int64)) for i in starts])
-        return inputs.to(self.device), targets.to(self.device)
+        if self.device.type == "cuda":
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The loss."""
@@ -131,6 +140,8 @@ class Trainer:
     def step(self) -> Tensor:
         """One whole step; returns the loss without waiting for it."""
         loss = self.forward(*self.data())
+        if not self.ours and self.device.type == "cuda":
+            self.next_batch = self.data()
         loss.backward()
         self.optimize()
         return loss.detach()
@@ -146,6 +157,7 @@ class Trainer:
 
     def parts(self) -> dict[str, float]:
         """Seconds of each part of one step, the device idle in between."""
+        self.next_batch = None
         marks = [self._now()]
         batch = self.data()
         marks.append(self._now())
@@ -161,6 +173,7 @@ class Trainer:
     def peak_memory(self) -> int:
         """The most bytes at any time of a step, with the weights and the optimizer's two numbers for each."""
         static = 3 * sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.step()  # what a library allocates once, and keeps, is not counted
         return static + peak_memory(self.step, self.device)
 
     def _now(self) -> float:
@@ -460,17 +473,18 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def compare_generation(setting: Setting, device: torch.device, rivals: list[Entrant]) -> dict[str, Any]:
-    """Tokens per second of sampling from random weights, one text at a time and a batch of 16.
+    """Tokens per second of sampling from random weights, one text at a time and a batch of 16, nothing compiled.
 
+    The weights are in bfloat16 where the setting is: autocast would convert them anew for each token.
     "builtin" is the usual loop around a model without a cache, each token from the whole text, and runs alone;
     "transformers" has a cache.
     """
     num_tokens, rounds = min(128, setting.model.context_length - 1), min(3, setting.rounds)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=setting.precision == "bf16-mixed")
+    dtype = torch.float32 if setting.precision == "32-true" else torch.bfloat16
     torch.manual_seed(0)
-    ours = TransformerLM(setting.model, device).eval()
-    builtin = BuiltinLM.from_ours(ours.cpu()).to(device).eval()
-    ours.to(device)
+    ours = TransformerLM(setting.model).eval()
+    builtin = BuiltinLM.from_ours(ours).to(device, dtype).eval()
+    ours.to(device, dtype)
 
     def run_ours(batch_size: int) -> None:
         for _ in sample_tokens(ours, [0], Sampling(max_new_tokens=num_tokens), num_samples=batch_size):
@@ -485,7 +499,7 @@ def compare_generation(setting: Setting, device: torch.device, rivals: list[Entr
 
     runs: dict[str, Callable[[int], None]] = {"ours": run_ours, "builtin": run_builtin}
     if "transformers" in rivals:
-        llama: Any = make_llama(setting.model).to(device).eval()
+        llama: Any = make_llama(setting.model).to(device, dtype).eval()
 
         @torch.inference_mode()
         def run_llama(batch_size: int) -> None:
@@ -511,8 +525,7 @@ def compare_generation(setting: Setting, device: torch.device, rivals: list[Entr
             for name, run_entrant in runs.items():
                 synchronize(device)
                 began = time.perf_counter()
-                with autocast:
-                    run_entrant(batch_size)
+                run_entrant(batch_size)
                 synchronize(device)
                 if round_number:  # the first one warms up
                     seconds[name].append(time.perf_counter() - began)
