@@ -39,6 +39,7 @@ BUILTIN_SEEDS = {"train": 1, "valid": 2}
 
 HELD_OUT_SHARE = 20  # one byte in 20 of a text without a validation text is held out,
 HELD_OUT_BYTES = 10_000_000  # but not more than this
+MUCH = 4, 4096  # times that, or this many bytes if those are more, so that a whole document is held out
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ def hold_out(text: Path, train: Path, valid: Path) -> None:
         with open(whole, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             cut = _place_to_cut(data)
             if cut is None:
-                raise ValueError(f"{text} is too short to hold a part out: give a valid_text, or more text")
+                raise ValueError(f"{text} has no document, paragraph or line near its end to hold out: give a valid_text")
             with atomic_write(valid) as tail:
                 tail.write(data[cut:])
         with open(whole, "r+b") as rest:
@@ -338,13 +339,17 @@ def _copy(text: Path, target: Path) -> None:
 
 
 def _place_to_cut(data: mmap.mmap) -> int | None:
-    """Where the first document in the last twentieth begins, or else the last one; or paragraph, or line."""
-    wanted = len(data) - min(len(data) // HELD_OUT_SHARE, HELD_OUT_BYTES)
+    """Where the first document in the last twentieth begins, or else the last one; or paragraph, or line.
+
+    A document that begins so early that it would be far more than a twentieth is cut at a paragraph or line.
+    """
+    size = min(len(data) // HELD_OUT_SHARE, HELD_OUT_BYTES)
+    wanted, earliest = len(data) - size, len(data) - max(MUCH[0] * size, MUCH[1])
     blank = re.match(rb"(\s|<\|endoftext\|>)*", data)
     begin, end = blank.end() if blank else 0, _end_of_text(data)
     for separator in map(re.compile, (rb"<\|endoftext\|>\s*", rb"\n[ \t\r]*\n\s*", rb"\n\s*")):
         after = (found.end() for found in separator.finditer(data, wanted))
-        before = (found.end() for found in separator.finditer(data, begin, wanted))
+        before = (found.end() for found in separator.finditer(data, max(begin, earliest), wanted))
         cut = next((cut for cut in after if cut < end), None) or max((cut for cut in before if cut < end), default=None)
         if cut is not None:
             return cut

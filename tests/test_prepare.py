@@ -161,6 +161,8 @@ def test_texts_of_one_name_do_not_overwrite_each_other(data, tmp_path):
         ("a line\r\nof one\r\n\r\nthen two\r\nof it\r\n", "then two\r\nof it\r\n"),
         ("word\n" * 100, "word\n" * 4),
         ("\n\none\n\n\n  \n\ntwo\n<|endoftext|>\n", "two\n<|endoftext|>\n"),
+        ("preface\n<|endoftext|>\n" + "a line of many\n" * 10_000, "a line of many\n" * 500),
+        ("preface\n" + "no line " * 10_000, None),
         ("one line", None),
         ("one line\n<|endoftext|>\n", None),
         ("\n\n \n", None),
@@ -169,7 +171,7 @@ def test_texts_of_one_name_do_not_overwrite_each_other(data, tmp_path):
 def test_where_the_held_out_part_begins(tmp_path, text, valid):
     source, train = own_text(tmp_path, text), tmp_path / "train.txt"
     if valid is None:
-        with pytest.raises(ValueError, match="too short to hold a part out: give a valid_text"):
+        with pytest.raises(ValueError, match="near its end to hold out: give a valid_text"):
             hold_out(source, train, tmp_path / "valid.txt")
     else:
         hold_out(source, train, tmp_path / "valid.txt")
