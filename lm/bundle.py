@@ -100,14 +100,17 @@ def describe_result(run: Run, meta: dict[str, Any], environment: dict[str, Any])
     context = settings.get("data.val_context_length") or settings["data.context_length"]
     allowed = next((minutes for word, minutes in MINUTES.items() if word in environment["device"].split()), None)
     deviations = []
-    if settings["data.corpus"] != "owt" or settings.get("data.train_text"):
-        deviations.append("the data is not OpenWebText")
+    own = settings.get("data.train_text") or settings.get("data.directory")
+    if settings["data.corpus"] != "owt" or own:
+        deviations.append(f"the data is {own}, not OpenWebText" if own else "the data is not OpenWebText")
     if meta["vocab_size"] != VOCAB_SIZE:
         deviations.append(f"the vocabulary has {meta['vocab_size']:,} tokens, not {VOCAB_SIZE:,}")
     if context != CONTEXT_LENGTH:
         deviations.append(f"the validation context is {context}, not {CONTEXT_LENGTH}")
     if allowed is None:
         deviations.append(f"the device is {environment['device']}, not one of {', '.join(MINUTES)}")
+    elif (devices := summary["settings"]["world_size"]) > 1:
+        deviations.append(f"{devices} devices, not one")
     elif cap is None or cap > 60 * allowed:
         deviations.append(f"more than {allowed} minutes")
     return {

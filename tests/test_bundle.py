@@ -68,9 +68,10 @@ def test_the_page_says_what_it_is_and_what_it_is_not(handed_in: Path) -> None:
     assert "cat" in samples
 
 
-def run_with(**changes: Any) -> Run:
+def run_with(world_size: int = 1, **changes: Any) -> Run:
     settings = {"data.corpus": "owt", "data.context_length": 512, "data.train_text": None} | changes
-    summary = {"val_loss": 3.0, "validation": {}, "used_seconds": 5390.0, "budget_seconds": 5400.0}
+    summary: dict[str, Any] = {"settings": {"world_size": world_size}}
+    summary |= {"val_loss": 3.0, "validation": {}, "used_seconds": 5390.0, "budget_seconds": 5400.0}
     return Run("x", Path("x"), settings, [], summary | {"steps": 1, "tokens": 1, "parameters": 1})
 
 
@@ -80,7 +81,9 @@ def run_with(**changes: Any) -> Run:
         ({}, "NVIDIA H100 80GB HBM3", []),
         ({}, "NVIDIA B200", ["more than 45 minutes"]),
         ({"data.context_length": 1024, "data.val_context_length": 512}, "NVIDIA H100 80GB HBM3", []),
-        ({"data.train_text": "my.txt"}, "NVIDIA H100 PCIe", ["the data is not OpenWebText"]),
+        ({"data.train_text": "my.txt"}, "NVIDIA H100 PCIe", ["the data is my.txt, not OpenWebText"]),
+        ({"data.directory": "my/tokens"}, "NVIDIA H100", ["the data is my/tokens, not OpenWebText"]),
+        ({"world_size": 16}, "NVIDIA H100 80GB HBM3", ["16 devices, not one"]),
     ],
 )
 def test_what_differs_from_the_rules_is_named(changes: dict[str, Any], device: str, deviations: list[str]) -> None:
