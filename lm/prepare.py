@@ -114,7 +114,7 @@ def prepare(
         progress: draw progress bars also where stderr is no terminal.
 
     Raises:
-        ValueError: an unknown corpus, a text that is empty, too short to hold a part out or no UTF-8, a download that
+        ValueError: an unknown corpus, a text that is empty, cannot be cut in two or is no UTF-8, a download that
             is not what it should be, or a directory that holds the dataset of another text of that name.
         FileNotFoundError: no text file of that name.
         OSError: no room on the disk, no network.
@@ -315,7 +315,7 @@ def hold_out(text: Path, train: Path, valid: Path) -> None:
         with open(whole, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             cut = _place_to_cut(data)
             if cut is None:
-                raise ValueError(f"{text} has no document, paragraph or line near its end to hold out: give a valid_text")
+                raise ValueError(f"{text} has no document, paragraph or line near its end to hold out: give valid_text")
             with atomic_write(valid) as tail:
                 tail.write(data[cut:])
         with open(whole, "r+b") as rest:

@@ -171,7 +171,7 @@ def test_texts_of_one_name_do_not_overwrite_each_other(data, tmp_path):
 def test_where_the_held_out_part_begins(tmp_path, text, valid):
     source, train = own_text(tmp_path, text), tmp_path / "train.txt"
     if valid is None:
-        with pytest.raises(ValueError, match="near its end to hold out: give a valid_text"):
+        with pytest.raises(ValueError, match="near its end to hold out: give valid_text"):
             hold_out(source, train, tmp_path / "valid.txt")
     else:
         hold_out(source, train, tmp_path / "valid.txt")
