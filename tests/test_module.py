@@ -193,20 +193,11 @@ def test_the_trainer_takes_the_steps_of_a_plain_loop(fit: Fit, dataset: Path, st
         assert row["tokens_seen"] == 64 * step
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--model.optimizer.matrices=muon", "muon needs whole matrices"),
-    ],
-)
-def test_what_needs_whole_tensors_is_refused_under_fsdp(
-    fit: Fit, option: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    try:
-        assert fit(option, "--trainer.strategy=fsdp2") == 2
-    finally:
-        torch.distributed.destroy_process_group()
-    assert message in capsys.readouterr().err
+def test_muon_refuses_a_part_of_a_matrix() -> None:
+    matrix: Any = torch.nn.Parameter(torch.zeros(4, 4))
+    matrix.to_local = lambda: matrix[:2]  # as of a DTensor
+    with pytest.raises(ValueError, match="muon needs whole matrices"):
+        Muon([matrix], [matrix])
 
 
 def test_a_context_that_does_not_divide_is_refused() -> None:
