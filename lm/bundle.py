@@ -27,6 +27,7 @@ import yaml
 from lm.checkpoint import load_model
 from lm.data import open_split, read_meta
 from lm.generate import Sampling, sample_tokens
+from lm.prepare import SOURCES
 from lm.report import Group, Run, number, plot_curves, read_run
 from tokenizer import Tokenizer
 from tokenizer.files import atomic_write
@@ -34,6 +35,7 @@ from tokenizer.files import atomic_write
 CONTEXT_LENGTH = 512  # of the validation, by the rules; the vocabulary is the handout's for OpenWebText
 VOCAB_SIZE = 32_000
 MINUTES = {"H100": 90, "B200": 45}  # the caps of 2025 and 2026, by a word of the device's name
+OPENWEBTEXT = {split: source.text_sha256 for split, source in SOURCES["owt"].items()}
 
 PACKAGES = ("torch", "lightning", "numpy", "numba", "regex")
 
@@ -100,17 +102,17 @@ def describe_result(run: Run, meta: dict[str, Any], environment: dict[str, Any])
     context = settings.get("data.val_context_length") or settings["data.context_length"]
     allowed = next((minutes for word, minutes in MINUTES.items() if word in environment["device"].split()), None)
     deviations = []
-    own = settings.get("data.train_text") or settings.get("data.directory")
-    if settings["data.corpus"] != "owt" or own:
-        deviations.append(f"the data is {own}, not OpenWebText" if own else "the data is not OpenWebText")
+    if any(meta["splits"].get(name, {}).get("text_sha256") != text for name, text in OPENWEBTEXT.items()):
+        data = settings.get("data.train_text") or settings.get("data.directory") or settings["data.corpus"]
+        deviations.append(f"the data is {data}, not OpenWebText")
     if meta["vocab_size"] != VOCAB_SIZE:
         deviations.append(f"the vocabulary has {meta['vocab_size']:,} tokens, not {VOCAB_SIZE:,}")
     if context != CONTEXT_LENGTH:
         deviations.append(f"the validation context is {context}, not {CONTEXT_LENGTH}")
+    if (devices := summary["settings"]["world_size"]) != 1:
+        deviations.append(f"{devices} devices, not one")
     if allowed is None:
         deviations.append(f"the device is {environment['device']}, not one of {', '.join(MINUTES)}")
-    elif (devices := summary["settings"]["world_size"]) > 1:
-        deviations.append(f"{devices} devices, not one")
     elif cap is None or cap > 60 * allowed:
         deviations.append(f"more than {allowed} minutes")
     return {

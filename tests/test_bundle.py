@@ -11,6 +11,7 @@ import yaml
 from toy import SETTINGS, make_dataset, rows
 
 from lm import bundle, cli
+from lm.prepare import SOURCES
 from lm.report import Run
 
 RUN = Path("logs/toy/version_0")
@@ -68,24 +69,45 @@ def test_the_page_says_what_it_is_and_what_it_is_not(handed_in: Path) -> None:
     assert "cat" in samples
 
 
-def run_with(world_size: int = 1, **changes: Any) -> Run:
-    settings = {"data.corpus": "owt", "data.context_length": 512, "data.train_text": None} | changes
-    summary: dict[str, Any] = {"settings": {"world_size": world_size}}
+OURS = {"data.corpus": "owt", "data.directory": "data/owt", "data.context_length": 512, "data.train_text": None}
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def deviations(device: str, world_size: int = 1, train_sha256: str | None = None, **changes: Any) -> list[str]:
+    """Those of a run of 90 minutes on OpenWebText, or on another training text."""
+    hashes = {split: source.text_sha256 for split, source in SOURCES["owt"].items()}
+    hashes["train"] = train_sha256 or hashes["train"]
+    meta = {
+        "vocab_size": 32_000,
+        "splits": {split: {"num_tokens": 100, "text_sha256": text} for split, text in hashes.items()},
+    }
+    summary: dict[str, Any] = {"settings": {"world_size": world_size}, "steps": 1, "tokens": 1, "parameters": 1}
     summary |= {"val_loss": 3.0, "validation": {}, "used_seconds": 5390.0, "budget_seconds": 5400.0}
-    return Run("x", Path("x"), settings, [], summary | {"steps": 1, "tokens": 1, "parameters": 1})
+    run = Run("x", Path("x"), OURS | changes, [], summary)
+    return bundle.describe_result(run, meta, {"device": device})["deviations"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "device", "deviations"),
-    [
-        ({}, "NVIDIA H100 80GB HBM3", []),
-        ({}, "NVIDIA B200", ["more than 45 minutes"]),
-        ({"data.context_length": 1024, "data.val_context_length": 512}, "NVIDIA H100 80GB HBM3", []),
-        ({"data.train_text": "my.txt"}, "NVIDIA H100 PCIe", ["the data is my.txt, not OpenWebText"]),
-        ({"data.directory": "my/tokens"}, "NVIDIA H100", ["the data is my/tokens, not OpenWebText"]),
-        ({"world_size": 16}, "NVIDIA H100 80GB HBM3", ["16 devices, not one"]),
-    ],
-)
-def test_what_differs_from_the_rules_is_named(changes: dict[str, Any], device: str, deviations: list[str]) -> None:
-    meta = {"vocab_size": 32_000, "splits": {"valid": {"num_tokens": 100}}}
-    assert bundle.describe_result(run_with(**changes), meta, {"device": device})["deviations"] == deviations
+def test_a_run_by_the_rules_deviates_in_nothing() -> None:
+    assert deviations(H100) == []
+    assert deviations(H100, **{"data.context_length": 1024, "data.val_context_length": 512}) == []
+
+
+def test_the_minutes_are_those_of_the_device() -> None:
+    assert deviations("NVIDIA B200") == ["more than 45 minutes"]
+    assert deviations("cpu") == ["the device is cpu, not one of H100, B200"]
+
+
+def test_several_devices_are_named_beside_everything_else() -> None:
+    assert deviations(H100, world_size=16) == ["16 devices, not one"]
+    assert deviations("NVIDIA B200", world_size=2) == ["2 devices, not one", "more than 45 minutes"]
+    assert len(deviations("cpu", world_size=2)) == 2
+
+
+def test_openwebtext_is_told_by_its_hashes_not_by_the_name_of_a_folder() -> None:
+    assert deviations(H100, **{"data.corpus": "builtin", "data.directory": "elsewhere/owt"}) == []
+    assert deviations(H100, train_sha256="0", **{"data.directory": "my/own/tokens"}) == [
+        "the data is my/own/tokens, not OpenWebText"
+    ]
+    assert deviations(H100, train_sha256="0", **{"data.train_text": "my.txt"}) == [
+        "the data is my.txt, not OpenWebText"
+    ]
