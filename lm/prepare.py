@@ -107,8 +107,9 @@ def prepare(
         corpus: "builtin", "tinystories" or "owt", or None for a text of your own:
         train_text: a UTF-8 text file (.txt, .txt.gz, .txt.xz). Documents end with `<|endoftext|>`.
         valid_text: its validation text. Without one the last twentieth of `train_text` (at most 10 MB) is held out,
-            whole documents; where the text has no `<|endoftext|>`, whole paragraphs (blank lines between them), and
-            where it has none, whole lines.
+            whole documents; where no `<|endoftext|>` stands near enough to its end (a document may make it four
+            times as much, or 4 kB), whole paragraphs (blank lines between them), and where none of these does,
+            whole lines.
         data_dir: where datasets lie.
         vocab_size: of the tokenizer; by default `default_vocab_size`.
         progress: draw progress bars also where stderr is no terminal.
@@ -303,7 +304,7 @@ def _own_texts(stages: Stages, train_text: Path, valid_text: Path | None = None)
 
 
 def hold_out(text: Path, train: Path, valid: Path) -> None:
-    """Write the last twentieth of a text file, from where a document begins, to `valid`, and the rest to `train`.
+    """Write about the last twentieth of a text file to `valid`, and the rest to `train`; `_place_to_cut` says where.
 
     Raises:
         ValueError: the text cannot be cut in two, or is no whole .gz or .xz file.
@@ -341,7 +342,7 @@ def _copy(text: Path, target: Path) -> None:
 def _place_to_cut(data: mmap.mmap) -> int | None:
     """Where the first document in the last twentieth begins, or else the last one; or paragraph, or line.
 
-    A document that begins so early that it would be far more than a twentieth is cut at a paragraph or line.
+    One that begins so early that `MUCH` would be held out is cut, at a paragraph or line.
     """
     size = min(len(data) // HELD_OUT_SHARE, HELD_OUT_BYTES)
     wanted, earliest = len(data) - size, len(data) - max(MUCH[0] * size, MUCH[1])
