@@ -209,7 +209,9 @@ def test_transformers_reads_the_gguf_as_the_same_model(tmp_path: Path, small_tok
         torch.testing.assert_close(skeleton(token_ids).logits, ours(token_ids), rtol=1e-4, atol=1e-5)
 
 
-def test_commands_there_and_back(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+def test_commands_there_and_back(
+    tmp_path: Path, small_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("safetensors")
     pytest.importorskip("gguf")
     ours, here = make_model(), tmp_path / "run" / "version_0"
@@ -223,7 +225,10 @@ def test_commands_there_and_back(tmp_path: Path, small_tokenizer: Tokenizer) -> 
     run("hf", logs=tmp_path)
     run("gguf", logs=tmp_path)
     assert (here / "model.gguf").is_file()
+    capsys.readouterr()
     run_import("hf", here / "hf", tmp_path / "imported")
+    encoding = [line.split() for line in capsys.readouterr().out.splitlines() if "tokenizer encode" in line]
+    assert [line[-1] for line in encoding] == ["data/on/train.npy", "data/on/valid.npy"], "each line can be pasted"
     back, info = load_model(tmp_path / "imported")
     assert info["data"] == {"tokenizer_sha256": small_tokenizer.sha256}, "what training on is compared with"
     token_ids = torch.randint(270, (1, 20))
