@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from lm.generate import END_OF_TEXT, end_of_text_id, load
-from lm.model import TransformerConfig, TransformerLM
+from lm.model import SAME_WEIGHTS, TransformerConfig, TransformerLM
 from tokenizer import Tokenizer
 from tokenizer.files import atomic_write, spell_vocab, to_symbols, write_json
 
@@ -55,7 +55,6 @@ def weight_names(config: TransformerConfig) -> dict[str, tuple[str, str]]:
 # come as well, has to have its default, which leaves the model as it is.
 LLAMA = {"norm": "pre", "position": "rope", "ffn": "swiglu"}
 FREE = {"vocab_size", "context_length", "num_layers", "num_heads", "d_model", "d_ff", "rope_theta", "head"}
-NO_MATTER = {"attention", "activation_checkpointing", "init"}  # how it is computed or was begun, not what it is
 
 
 def require_llama(config: TransformerConfig) -> None:
@@ -63,7 +62,7 @@ def require_llama(config: TransformerConfig) -> None:
     wanted = {
         field.name: LLAMA.get(field.name, field.default)
         for field in fields(config)
-        if field.name not in FREE | NO_MATTER
+        if field.name not in FREE | SAME_WEIGHTS
     }
     differing = {name: value for name, value in wanted.items() if getattr(config, name) != value}
     if differing:

@@ -137,7 +137,10 @@ def linear_cross_entropy(
     weight: Float[Tensor, "vocab d_model"],
     targets: Int[Tensor, "*batch"],
 ) -> Float[Tensor, ""]:
-    """`cross_entropy` of the logits hidden W^T, without a place for all of them: at most 2^25 exist at a time.
+    """`cross_entropy` of the logits hidden W^T, in training without a place for all of them in float32.
+
+    Run eagerly, at most 2^25 of them exist at a time; compiled, all do, but in the dtype of `hidden`. Without gradients
+    all exist in float32.
 
     Args:
         hidden: the last residual stream.

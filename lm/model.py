@@ -34,6 +34,8 @@ Init = Literal["standard", "zero_output"]
 NO_MORE = "a setting that is no more: logs/leaderboard/NOTES.md says why"
 # Settings of earlier versions, with the value that leaves the model as it is without them.
 REMOVED = {"logit_softcap": None, "unet_skips": False}
+# How the model is computed, or was begun: with other values trained weights mean the same.
+SAME_WEIGHTS = frozenset({"attention", "activation_checkpointing", "init"})
 
 FEED_FORWARD: dict[str, type[SwiGLU | SiLUFeedForward]] = {
     "swiglu": SwiGLU,
@@ -263,8 +265,8 @@ class TransformerLM(Module):
             token_ids: ids in [0, vocab_size), at most `context_length` positions.
             cache: the positions before `token_ids`, of which it has the keys and values; those of `token_ids` are
                 added. The result is as if all were computed again.
-            targets: the tokens that do follow. The result is then the mean cross-entropy in nats per token, computed
-                without a place for all logits (`lm.functional.linear_cross_entropy`).
+            targets: the tokens that do follow. The result is then the mean cross-entropy in nats per token, by
+                `lm.functional.linear_cross_entropy`, which spares memory in training.
             token_positions: by default, those after the cache. With a cache, each sequence of a batch may stand at
                 others, below the cache's `length`: no shape changes from one position to the next.
 

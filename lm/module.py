@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from lm.functional import cross_entropy
-from lm.model import NO_MORE, TransformerConfig, TransformerLM
+from lm.model import NO_MORE, SAME_WEIGHTS, TransformerConfig, TransformerLM
 from lm.optim import AdamW, Muon, clip_gradients, cosine_schedule, trapezoid_schedule
 
 Batch = Sequence[Any]  # inputs, targets, and in validation how many of the targets count
@@ -292,7 +292,7 @@ class LanguageModel(LightningModule):
         return self.model(token_ids)
 
     def compute_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token, without a place for all logits."""
+        """Mean cross-entropy in nats per token."""
         return self.model(inputs, targets=targets)
 
     # --------------------------------------------------------------------------------------------------- training
@@ -417,10 +417,6 @@ class LanguageModel(LightningModule):
             raise ValueError("the checkpoint is of another model: " + "; ".join(changed))
         if "averaged" in checkpoint:
             raise ValueError(f"the checkpoint is of a run that averaged its weights, {NO_MORE}")
-
-
-# What may change between a checkpoint and its use: the weights mean the same.
-SAME_WEIGHTS = ("attention", "activation_checkpointing")
 
 
 def compiled(function: Callable[..., Tensor], mode: bool | CompileMode) -> Callable[..., Tensor]:

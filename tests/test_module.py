@@ -258,6 +258,12 @@ def test_compiled_or_not_the_run_is_the_same_and_checkpoints_go_both_ways(datase
         assert other == pytest.approx(one, abs=1e-3)
 
 
+def test_how_the_weights_began_may_be_set_otherwise_when_a_run_goes_on(fit: Fit) -> None:
+    assert fit("--trainer.max_steps=4") == 0
+    assert fit("--resume=must", "--trainer.max_steps=6", "--model.transformer.init=zero_output") == 0
+    assert rows(RUN)[-1]["step"] == 6
+
+
 def test_a_checkpoint_from_before_an_option_goes_on_and_one_of_another_optimizer_is_refused(fit: Fit) -> None:
     assert fit("--trainer.max_steps=4") == 0
     path = max(RUN.glob("checkpoints/*.ckpt"))
