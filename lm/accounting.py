@@ -73,8 +73,12 @@ def config_from_yaml(path: Path) -> TransformerConfig:
     if data.get("directory"):
         meta = Path(data["directory"]) / "meta.json"
         model["vocab_size"] = json_format.loads(meta.read_text())["vocab_size"]
-    elif data.get("vocab_size") or data.get("corpus"):
-        model["vocab_size"] = data.get("vocab_size") or _VOCAB_SIZES[data["corpus"]]
+    elif data.get("vocab_size"):
+        model["vocab_size"] = data["vocab_size"]
+    elif data.get("corpus") in _VOCAB_SIZES:
+        model["vocab_size"] = _VOCAB_SIZES[data["corpus"]]
+    elif data.get("corpus"):
+        raise ValueError(f"{path}: data.corpus={data['corpus']!r} must be one of {', '.join(_VOCAB_SIZES)}")
     if "context_length" in data:
         model["context_length"] = data["context_length"]
     if "vocab_size" not in model:

@@ -213,6 +213,9 @@ def test_model_of_a_runs_yaml(tmp_path: Path) -> None:
     path.write_text("model: {transformer: {num_layers: 2}}\n")
     with pytest.raises(ValueError, match=r"neither data\.corpus nor data\.vocab_size"):
         accounting.config_from_yaml(path)
+    path.write_text("data: {corpus: pile}\n")
+    with pytest.raises(ValueError, match=r"data\.corpus='pile' must be one of builtin, "):
+        accounting.config_from_yaml(path)
 
 
 def test_vocabularies_are_those_of_the_data() -> None:
