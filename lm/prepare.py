@@ -39,7 +39,8 @@ BUILTIN_SEEDS = {"train": 1, "valid": 2}
 
 HELD_OUT_SHARE = 20  # one byte in 20 of a text without a validation text is held out,
 HELD_OUT_BYTES = 10_000_000  # but not more than this
-MUCH = 4, 4096  # times that, or this many bytes if those are more, so that a whole document is held out
+LARGEST_SHARE = 4  # times that, for the sake of a whole document,
+LARGEST_BYTES = 4096  # or this many bytes, if those are more
 
 
 @dataclass(frozen=True)
@@ -342,10 +343,10 @@ def _copy(text: Path, target: Path) -> None:
 def _place_to_cut(data: mmap.mmap) -> int | None:
     """Where the first document in the last twentieth begins, or else the last one; or paragraph, or line.
 
-    One that begins so early that `MUCH` would be held out is cut, at a paragraph or line.
+    A document that begins before the largest part that may be held out is cut, at a paragraph or line.
     """
     size = min(len(data) // HELD_OUT_SHARE, HELD_OUT_BYTES)
-    wanted, earliest = len(data) - size, len(data) - max(MUCH[0] * size, MUCH[1])
+    wanted, earliest = len(data) - size, len(data) - max(LARGEST_SHARE * size, LARGEST_BYTES)
     blank = re.match(rb"(\s|<\|endoftext\|>)*", data)
     begin, end = blank.end() if blank else 0, _end_of_text(data)
     for separator in map(re.compile, (rb"<\|endoftext\|>\s*", rb"\n[ \t\r]*\n\s*", rb"\n\s*")):
