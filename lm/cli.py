@@ -5,16 +5,13 @@ each `--config` in order, then the command line. What is wrong with them is said
 touched.
 """
 
-import contextlib
 import logging
 import os
 import shlex
-import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -25,7 +22,6 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lm import default_config
@@ -34,7 +30,6 @@ from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, duration, fig
 from lm.checkpoint import (
     AtomicCheckpointIO,
     best_checkpoint,
-    check_checkpoint,
     check_folder,
     find_run,
     lock_run,
@@ -46,6 +41,7 @@ from lm.device import device_name
 from lm.model import TransformerConfig
 from lm.module import LanguageModel, OptimizerConfig, ScheduleConfig, uses_cuda_graphs
 from lm.options import explain, fail, is_first_rank, known_keys
+from lm.ranks import end_ranks, end_with, find_culprit, make_strategy, num_devices, watched_ranks
 from lm.report import by_version
 
 PARENT = "LM_PARENT"  # environment variable: the process that started this one
@@ -385,45 +381,6 @@ def device_problems(trainer: Namespace) -> list[str]:
     return problems
 
 
-def num_devices(devices: Any) -> int:
-    """How many devices `trainer.devices` asks for: a number, a list, or all that there are.
-
-    >>> num_devices("2"), num_devices([0, 3]), num_devices("0,1,2")
-    (2, 2, 3)
-    """
-    if isinstance(devices, list):
-        return len(devices)
-    words = str(devices).split(",")
-    if len(words) > 1:
-        return len([word for word in words if word.strip()])
-    number = -1 if words[0] == "auto" else int(words[0])
-    return number if number >= 0 else max(1, torch.cuda.device_count())
-
-
-class FullySharded(ModelParallelStrategy):
-    """FSDP2 that checks a checkpoint as the others do: Lightning's restores it past our CheckpointIO."""
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Restore the model and the optimizer from a file that is whole; the rest of it.
-
-        Raises:
-            CheckpointError: damaged.
-        """
-        return super().load_checkpoint(check_checkpoint(checkpoint_path), weights_only=True)
-
-
-def make_strategy(trainer: Namespace, timeout: timedelta) -> Any:
-    """`ddp` and `fsdp2` with our timeout; several devices are ddp unless said otherwise."""
-    world_size = num_devices(trainer.devices) * trainer.num_nodes
-    if trainer.strategy == "fsdp2":
-        return FullySharded(
-            data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout
-        )
-    if trainer.strategy == "ddp" or (trainer.strategy == "auto" and world_size > 1):
-        return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True, broadcast_buffers=False)
-    return trainer.strategy
-
-
 # ------------------------------------------------------------------------------------------------------------ the door
 
 
@@ -483,7 +440,8 @@ def main(argv: list[str], started: float) -> int:
     try:
         defaults = default_configs(argv)
         sys.argv[1:] = argv
-        CLI(started, signals, defaults)
+        with watched_ranks():
+            CLI(started, signals, defaults)
     except Stopped as stop:
         if child:  # any other code would look like a failure to the first rank, which is still writing
             return 0
@@ -495,42 +453,15 @@ def main(argv: list[str], started: float) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if signals.deferred else 2
     except RuntimeError as error:
-        culprit = find_culprit(signals.children, error)
+        culprit = find_culprit(signals.children, patience=5)
+        if culprit is None and signals.children and "imed out" in str(error):
+            culprit = f"a rank did not answer within run.timeout_minutes: {error}"
         if culprit is None:
             raise
         print(f"error: {culprit}", file=sys.stderr)
         return 1
     finally:
         signals.restore()
-        for rank in signals.children:
-            end_child(rank)
+        end_ranks(signals.children)
         os.environ.pop(PARENT)  # what this process starts from now on is no rank
     return 0
-
-
-def find_culprit(children: Sequence["subprocess.Popen[bytes]"], error: Exception) -> str | None:
-    """Which other rank broke off a collective operation of this one; None if none of them did."""
-    for rank, child in enumerate(children, start=1):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(5)
-        if child.returncode:
-            return f"rank {rank} ended with exit code {child.returncode}; what it said stands above"
-    if children and "imed out" in str(error):
-        return f"a rank did not answer within run.timeout_minutes: {error}"
-    return None
-
-
-def end_with(parent: int) -> None:
-    """End this process when the one that started it is gone: no rank outlives its run."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def end_child(child: "subprocess.Popen[bytes]", patience: float = 10.0) -> None:
-    """Wait for a rank to end by itself, then end it: one that hangs in a collective operation never would."""
-    try:
-        child.wait(patience)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()

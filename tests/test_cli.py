@@ -13,9 +13,10 @@ import pytest
 import torch
 from toy import SETTINGS, command, make_dataset
 
-from lm import __main__, cli
+from lm import __main__
 from lm.checkpoint import best_checkpoint
 from lm.options import explain, is_first_rank
+from lm.ranks import num_devices
 
 Run = Callable[..., int]
 RUN = Path("logs/toy/version_0")
@@ -262,7 +263,7 @@ def test_a_checkpoint_given_by_name_begins_a_run_of_its_own(fit: Run, lm: Run) -
 
 def test_devices_are_counted_as_lightning_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert [cli.num_devices(devices) for devices in (2, "2", "auto", -1, [0, 1, 2], "0,2")] == [2, 2, 4, 4, 3, 2]
+    assert [num_devices(devices) for devices in (2, "2", "auto", -1, [0, 1, 2], "0,2")] == [2, 2, 4, 4, 3, 2]
 
 
 def test_a_trial_run_writes_nothing(fit: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from toy import SETTINGS, make_dataset, rows
 from lm import callbacks, checkpoint, cli
 from lm.checkpoint import find_run, load_model, newest_checkpoint, read_checkpoint
 from lm.module import LanguageModel
+from lm.ranks import make_strategy
 
 TWO_RANKS = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2"]
 ENDLESS = ["--trainer.max_steps=1000000", "--run.validate_every_n_steps=50", "--trainer.log_every_n_steps=5"]
@@ -445,7 +446,7 @@ def test_fsdp_restores_no_damaged_checkpoint(tmp_path: Path) -> None:
     contents[contents.index(b"\0\0\x80\x3f") + 5] ^= 1  # in one of the ones
     path.write_bytes(contents)
     trainer = Namespace(devices=1, num_nodes=1, strategy="fsdp2")
-    strategy = cli.make_strategy(trainer, timedelta(minutes=1))
+    strategy = make_strategy(trainer, timedelta(minutes=1))
     with pytest.raises(checkpoint.CheckpointError, match="differs from the sha256 in its record"):
         strategy.load_checkpoint(path)
 
@@ -629,6 +630,31 @@ def test_a_fault_of_one_rank_ends_the_job_soon_with_its_error_and_no_orphans(
     assert ended == code, output
     assert message in output
     assert check_whole(run.run)["global_step"] == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seconds", "code"), [(60, 1), (0, 5)])
+def test_a_rank_that_fails_ends_the_first_one_unless_that_is_ending_by_itself(seconds: float, code: int) -> None:
+    """One that waits for it for ever with a line of its own; the other may take its time, seconds here, to say why."""
+    script = f"""
+import subprocess, sys, time
+from lightning.pytorch.strategies.launchers import subprocess_script
+from lm.ranks import watched_ranks
+with watched_ranks(patience=2):
+    rank = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(7)"])
+    subprocess_script._launch_process_observer([rank])
+    time.sleep({seconds})
+rank.wait()
+time.sleep(6)
+sys.exit(5)
+"""
+    began = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert ended.returncode == code, ended.stderr
+    assert ("rank 1 ended with exit code 7" in ended.stderr) == (code == 1)
+    assert time.monotonic() - began < 50
 
 
 # ------------------------------------------------------------------------------------------------------------- time

@@ -25,6 +25,7 @@ tokenizer.train tokenizer.bpe tokenizer.encode tokenizer tokenizer.stats tokeniz
 tokenizer.rivals tokenizer.bench tokenizer.__main__
 lm lm.device lm.gradients lm.functional lm.layers lm.model lm.optim lm.accounting lm.grammar lm.download lm.prepare
 lm.data lm.checkpoint lm.generate lm.session lm.serve lm.export lm.module lm.control lm.callbacks lm.report lm.bundle
+lm.ranks
 lm.options lm.cli lm.apart lm.rivals lm.measure lm.bench lm.sweep lm.__main__
 """.split()
 
@@ -43,7 +44,7 @@ ONLY = {
     "lm.checkpoint": ["lm.model", "tokenizer.files"],
     "lm.module": ["lm.functional", "lm.model", "lm.optim"],
 }
-USE_LIGHTNING = {"lm.data", "lm.module", "lm.control", "lm.callbacks", "lm.cli"}
+USE_LIGHTNING = {"lm.data", "lm.module", "lm.control", "lm.callbacks", "lm.ranks", "lm.cli"}
 RUN_RIVALS = {
     "lm.rivals",
     "lm.measure",
