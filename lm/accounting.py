@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lm import default_config
 from lm.model import Attention, TransformerConfig
 
 Rules = Literal["2025", "2026"]
@@ -58,35 +59,35 @@ def named_config(name: str, rules: Rules = "2026") -> TransformerConfig:
     raise ValueError(f"{name!r} is no model's name: choose from {', '.join(_GPT2)}, tinystories, owt, or a YAML file")
 
 
-def config_from_yaml(path: Path) -> TransformerConfig:
-    """The model of a run's configuration file; vocabulary and context length are those of its data section.
+def config_from_yaml(*paths: Path) -> TransformerConfig:
+    """The model that `fit` makes of configuration files, each over the one before, the first over configs/builtin.yaml.
+
+    Vocabulary and context length are those of the data section.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a setting that no model has, or no vocabulary size.
+        ValueError: a setting that no model has, an unknown corpus, or a text without a vocabulary size.
     """
     import yaml
 
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    model = dict((settings.get("model") or {}).get("transformer") or {})
-    data = settings.get("data") or {}
+    model: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    for path in (default_config(), *paths):
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data |= settings.get("data") or {}
+        model |= (settings.get("model") or {}).get("transformer") or {}
+        unknown = model.keys() - {field.name for field in dataclasses.fields(TransformerConfig)}
+        if unknown:
+            raise ValueError(f"{path}: model.transformer has no {', '.join(sorted(unknown))}")
+        if data["corpus"] not in _VOCAB_SIZES:
+            raise ValueError(f"{path}: data.corpus={data['corpus']!r} must be one of {', '.join(_VOCAB_SIZES)}")
     if data.get("directory"):
-        meta = Path(data["directory"]) / "meta.json"
-        model["vocab_size"] = json_format.loads(meta.read_text())["vocab_size"]
-    elif data.get("vocab_size"):
-        model["vocab_size"] = data["vocab_size"]
-    elif data.get("corpus") in _VOCAB_SIZES:
-        model["vocab_size"] = _VOCAB_SIZES[data["corpus"]]
-    elif data.get("corpus"):
-        raise ValueError(f"{path}: data.corpus={data['corpus']!r} must be one of {', '.join(_VOCAB_SIZES)}")
-    if "context_length" in data:
-        model["context_length"] = data["context_length"]
-    if "vocab_size" not in model:
-        raise ValueError(f"{path} says neither data.corpus nor data.vocab_size")
-    unknown = model.keys() - {field.name for field in dataclasses.fields(TransformerConfig)}
-    if unknown:
-        raise ValueError(f"{path}: model.transformer has no {', '.join(sorted(unknown))}")
-    return TransformerConfig(**model)
+        data |= json_format.loads((Path(data["directory"]) / "meta.json").read_text())
+    elif data.get("vocab_size") is None and data.get("train_text"):
+        raise ValueError(f"{path}: the vocabulary of data.train_text goes by its size: give data.vocab_size, too")
+    elif data.get("vocab_size") is None:
+        data["vocab_size"] = _VOCAB_SIZES[data["corpus"]]
+    return TransformerConfig(**model | {name: data[name] for name in ("vocab_size", "context_length")})
 
 
 # -------------------------------------------------------------------------------------------------------- parameters
@@ -518,8 +519,8 @@ def run(
     """Parameters, FLOPs, memory and training time of a model, without building it.
 
     Args:
-        model: gpt2-small, gpt2-medium, gpt2-large, gpt2-xl, tinystories, owt, or a run's YAML file; gpt2 compares all
-            four sizes.
+        model: gpt2-small, gpt2-medium, gpt2-large, gpt2-xl, tinystories, owt, or YAML files as for `fit`, with commas
+            between them; gpt2 compares all four sizes.
         rules: the handout's GPT-2 sizes of 2025 (d_ff = 4 d_model) or 2026 (8/3 d_model).
         context_length: instead of the model's own.
         batch_size: sequences per step, for FLOPs and memory.
@@ -538,7 +539,8 @@ def run(
     names = list(_GPT2) if model == "gpt2" else [model]
     pages = {}
     for name in names:
-        config = config_from_yaml(Path(name)) if name.endswith((".yaml", ".yml")) else named_config(name, rules)
+        is_file = name.endswith((".yaml", ".yml"))
+        config = config_from_yaml(*map(Path, name.split(","))) if is_file else named_config(name, rules)
         config = dataclasses.replace(
             config,
             context_length=context_length or config.context_length,

@@ -15,6 +15,7 @@ from lm.device import peak_memory
 from lm.functional import cross_entropy
 from lm.model import TransformerConfig, TransformerLM
 from lm.optim import AdamW, clip_gradients
+from lm.prepare import VOCAB_SIZES
 
 SMALL = TransformerConfig(vocab_size=300, context_length=32, num_layers=3, num_heads=4, d_model=48, d_ff=128)
 VARIANTS = [
@@ -202,23 +203,26 @@ def test_page_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "gpt2-medium" in capsys.readouterr().out
 
 
-def test_model_of_a_runs_yaml(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("model: {transformer: {num_layers: 2, norm: post}}\ndata: {corpus: owt, context_length: 128}\n")
-    expected = TransformerConfig(vocab_size=32_000, context_length=128, num_layers=2, norm="post")
-    assert accounting.config_from_yaml(path) == expected
-    path.write_text("model: {transformer: {layers: 2}}\ndata: {vocab_size: 50}\n")
-    with pytest.raises(ValueError, match=r"model\.transformer has no layers"):
-        accounting.config_from_yaml(path)
-    path.write_text("model: {transformer: {num_layers: 2}}\n")
-    with pytest.raises(ValueError, match=r"neither data\.corpus nor data\.vocab_size"):
-        accounting.config_from_yaml(path)
-    path.write_text("data: {corpus: pile}\n")
+def test_model_of_configuration_files(tmp_path: Path) -> None:
+    """One over the other, as `fit` lays them over the built-in one."""
+    builtin = accounting.config_from_yaml()
+    assert (builtin.vocab_size, builtin.context_length, builtin.num_layers) == (2048, 256, 3)
+    base, over = tmp_path / "base.yaml", tmp_path / "over.yaml"
+    base.write_text("model: {transformer: {num_layers: 2, norm: post}}\ndata: {corpus: owt, context_length: 128}\n")
+    owt = dataclasses.replace(builtin, vocab_size=32_000, context_length=128, num_layers=2, norm="post")
+    assert accounting.config_from_yaml(base) == owt
+    over.write_text("model: {transformer: {num_layers: 5}}\ndata: {vocab_size: 500}\n")
+    assert accounting.config_from_yaml(base, over) == dataclasses.replace(owt, vocab_size=500, num_layers=5)
+    over.write_text("data: {train_text: my.txt}\n")
+    with pytest.raises(ValueError, match=r"over\.yaml: .* give data\.vocab_size"):
+        accounting.config_from_yaml(over)
+    over.write_text("model: {transformer: {layers: 2}}\n")
+    with pytest.raises(ValueError, match=r"over\.yaml: model\.transformer has no layers"):
+        accounting.config_from_yaml(over)
+    over.write_text("data: {corpus: pile}\n")
     with pytest.raises(ValueError, match=r"data\.corpus='pile' must be one of builtin, "):
-        accounting.config_from_yaml(path)
+        accounting.config_from_yaml(over)
 
 
 def test_vocabularies_are_those_of_the_data() -> None:
-    from lm.prepare import VOCAB_SIZES
-
     assert accounting._VOCAB_SIZES == VOCAB_SIZES

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from lm.accounting import config_from_yaml
 from lm.cli import CLI, default_configs, find_problems
 from lm.control import Signals
+from lm.model import TransformerConfig
 
 ROOT = Path(__file__).parents[1]
 LEADERBOARD = ROOT / "configs" / "leaderboard.yaml"
@@ -93,6 +95,14 @@ def test_the_leaderboard_is_a_base_with_a_cap(minutes: int, cli: CLI) -> None:
     head = LEADERBOARD.read_text().split("\ndata:")[0]
     assert "#   python -m lm fit --config configs/owt.yaml --config configs/leaderboard.yaml\n" in head
     assert "Expected: " in head
+
+
+@pytest.mark.parametrize("names", [["owt"], ["owt", "leaderboard"], ["tinystories", "ablations/silu"]])
+def test_a_models_cost_is_reckoned_from_the_files_that_it_is_trained_with(names: list[str], cli: CLI) -> None:
+    paths = [ROOT / f"configs/{name}.yaml" for name in names]
+    config = parse(cli, *(word for path in paths for word in ("--config", str(path))))
+    trained = TransformerConfig(**config.model.transformer.as_dict() | {"vocab_size": config.data.vocab_size})
+    assert config_from_yaml(*paths) == trained
 
 
 def test_files_merge_in_order_and_the_command_line_comes_last(cli: CLI, tmp_path: Path) -> None:
