@@ -41,6 +41,7 @@ from lm.device import device_name
 from lm.model import TransformerConfig
 from lm.module import LanguageModel, OptimizerConfig, ScheduleConfig, uses_cuda_graphs
 from lm.options import explain, fail, is_first_rank, known_keys
+from lm.prepare import dataset_name
 from lm.ranks import end_ranks, end_with, find_culprit, make_strategy, num_devices, watched_ranks
 from lm.report import by_version
 
@@ -90,6 +91,13 @@ class SaveRunConfig(SaveConfigCallback):
             path = path.with_name(f"config-resumed-{time.strftime('%Y%m%d-%H%M%S')}.yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.parser.save(config, str(path), skip_none=False, overwrite=True)
+
+
+def default_run_name(data: Namespace) -> str:
+    """The name of a run's dataset."""
+    if data.directory is not None:
+        return Path(data.directory).name
+    return data.corpus if data.train_text is None else dataset_name(data.train_text)
 
 
 def batches_between_validations(validate_every_n_steps: int, accumulate_grad_batches: int) -> int:
@@ -161,8 +169,7 @@ class CLI(LightningCLI):
             fail(problems)
         torch.set_float32_matmul_precision(config.matmul_precision)
         if config.run.name is None:
-            texts = config.data.train_text or config.data.directory
-            config.run.name = Path(texts).name.split(".")[0] if texts else config.data.corpus
+            config.run.name = default_run_name(config.data)
         self.lock: IO[str] | None = None
         if self.subcommand == "fit" and config.resume != "never" and config.ckpt_path is None:
             self._resume(config)
@@ -292,8 +299,9 @@ def indent(text: str) -> str:
 def find_problems(config: Namespace, subcommand: str) -> list[str]:
     """Everything that is wrong with the settings together, one line each; nothing is built, no data is read."""
     problems = []
+    vocab_size = 1 if config.data.vocab_size is None else config.data.vocab_size
     sections: list[tuple[str, Any, dict[str, Any]]] = [
-        ("model.transformer", TransformerConfig, {"vocab_size": config.data.vocab_size or 1}),
+        ("model.transformer", TransformerConfig, {"vocab_size": vocab_size}),
         ("model.optimizer", OptimizerConfig, {}),
         ("model.schedule", ScheduleConfig, {}),
         ("run", RunConfig, {}),

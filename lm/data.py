@@ -403,7 +403,9 @@ class TokenDataModule(pl.LightningDataModule):
         else:
             from lm.prepare import default_vocab_size
 
-            self.vocab_size = vocab_size or default_vocab_size(None if train_text else corpus, train_text)
+            if vocab_size is None:
+                vocab_size = default_vocab_size(None if train_text else corpus, train_text)
+            self.vocab_size = vocab_size
         self.meta: dict[str, Any] = {}
         self._splits: dict[str, TokenFile] = {}
         self._device_tokens: DeviceTokens | None = None

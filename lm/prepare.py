@@ -125,7 +125,8 @@ def prepare(
         raise ValueError(f"corpus={corpus}, train_text={train_text}: give either a corpus or a text file")
     if corpus is not None and corpus not in CORPORA:
         raise ValueError(f"corpus={corpus!r} must be one of {', '.join(CORPORA)}; a text file goes into train_text")
-    vocab_size = vocab_size or default_vocab_size(corpus, train_text)
+    if vocab_size is None:
+        vocab_size = default_vocab_size(corpus, train_text)
     if vocab_size < 256 + len(SPECIAL_TOKENS):
         raise ValueError(f"vocab_size={vocab_size} must be at least {256 + len(SPECIAL_TOKENS)}: bytes, special tokens")
     own = [_text_file(name, path) for name, path in (("train_text", train_text), ("valid_text", valid_text)) if path]

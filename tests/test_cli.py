@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
 from toy import SETTINGS, command, make_dataset
 
 from lm import __main__
 from lm.checkpoint import best_checkpoint
+from lm.cli import default_run_name
 from lm.options import explain, is_first_rank
 from lm.ranks import num_devices
 
@@ -102,6 +104,7 @@ def test_a_tool_starts_without_lightning(tool: str, option: str) -> None:
         (["validate"], "no run with a checkpoint below logs: `python -m lm fit` makes one"),
         (["validate", "--ckpt_path=absent.ckpt"], "ckpt_path: there is no file absent.ckpt"),
         (["validate", "--ckpt_path=."], "no checkpoint in ."),
+        (["fit", "--data.vocab_size=0"], "vocab_size=0 must be positive"),
         (["fit", "--ckpt_path=absent.ckpt"], "ckpt_path: there is no file absent.ckpt"),
         (["generate", "--promt", "x"], "--promt is no option: did you mean --prompt?"),
         (["generate", "--temperature", "hot"], "temperature: 'hot' must be float"),
@@ -264,6 +267,18 @@ def test_a_checkpoint_given_by_name_begins_a_run_of_its_own(fit: Run, lm: Run) -
 def test_devices_are_counted_as_lightning_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert [num_devices(devices) for devices in (2, "2", "auto", -1, [0, 1, 2], "0,2")] == [2, 2, 4, 4, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"directory": "data/my.book", "train_text": None}, "my.book"),
+        ({"directory": None, "train_text": "texts/my.book.txt.gz"}, "my.book"),
+        ({"directory": None, "train_text": None}, "owt"),
+    ],
+)
+def test_a_run_is_named_after_its_dataset(data: dict[str, str | None], name: str) -> None:
+    assert default_run_name(Namespace(corpus="owt", **data)) == name
 
 
 def test_a_trial_run_writes_nothing(fit: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
