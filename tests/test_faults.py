@@ -633,7 +633,7 @@ def test_a_fault_of_one_rank_ends_the_job_soon_with_its_error_and_no_orphans(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seconds", "code"), [(60, 1), (0, 5)])
+@pytest.mark.parametrize(("seconds", "code"), [(500, 1), (0, 5)])
 def test_a_rank_that_fails_ends_the_first_one_unless_that_is_ending_by_itself(seconds: float, code: int) -> None:
     """One that waits for it for ever with a line of its own; the other may take its time, seconds here, to say why."""
     script = f"""
@@ -654,7 +654,7 @@ sys.exit(5)
     )
     assert ended.returncode == code, ended.stderr
     assert ("rank 1 ended with exit code 7" in ended.stderr) == (code == 1)
-    assert time.monotonic() - began < 50
+    assert time.monotonic() - began < 300
 
 
 # ------------------------------------------------------------------------------------------------------------- time
