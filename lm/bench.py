@@ -6,7 +6,7 @@
 - builtin: the same architecture from `torch.nn`, with `torch.optim.AdamW(fused=True)`, in a bare loop;
 - transformers: `LlamaForCausalLM` of the same shape, otherwise like builtin, where it is installed.
 
-`lm.measure` measures, `lm.rivals` has the rivals; here is what is measured where, and the page.
+`lm.measure` measures the entrants of `lm.entrants`; here is what is measured where, and the page.
 """
 
 import dataclasses
@@ -24,15 +24,8 @@ import torch
 from lm import accounting
 from lm.apart import LostError, call_apart
 from lm.device import pick_device
-from lm.measure import (
-    Entrant,
-    Setting,
-    compare_curves,
-    compare_generation,
-    compare_memory,
-    compare_training,
-    machine,
-)
+from lm.entrants import Entrant, Setting
+from lm.measure import compare_curves, compare_generation, compare_memory, compare_training, machine
 from lm.model import TransformerConfig
 from tokenizer.files import atomic_write
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lm import bench, measure
+from lm import bench, entrants
 from lm.accounting import config_from_yaml
 from lm.apart import LostError
 from lm.bench import TINY, Part
 from lm.device import peak_memory
+from lm.entrants import Setting
 from lm.functional import cross_entropy
-from lm.measure import Setting
 from lm.model import TransformerLM
 from lm.rivals import BuiltinLM
 
@@ -51,7 +51,7 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
 
 
 def test_the_chain_can_be_learnt_to_the_loss_it_says() -> None:
-    tokens = measure.chain(300_000, 20)
+    tokens = entrants.chain(300_000, 20)
     assert len(tokens) == 300_000
     table = np.zeros((20, 20))
     np.add.at(table, (tokens[:-1], tokens[1:]), 1)
@@ -116,7 +116,7 @@ def test_parts_for_which_no_time_is_left_are_listed(
 
 
 def test_a_rival_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Trainer(measure.Trainer):
+    class BareLoop(entrants.BareLoop):
         def __init__(self, entrant: str, *_: Any) -> None:
             self.entrant = entrant
 
@@ -125,16 +125,16 @@ def test_a_rival_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, t
                 raise torch.OutOfMemoryError("CUDA out of\nmemory")
             return 1.0
 
-    monkeypatch.setattr(measure, "Trainer", Trainer)
-    names: list[measure.Entrant] = ["ours", "builtin", "transformers"]
+    monkeypatch.setattr(entrants, "BareLoop", BareLoop)
+    names: list[entrants.Entrant] = ["ours", "builtin", "transformers"]
     fails = ""
     arguments = Setting("a", TINY, 4), tmp_path, torch.device("cpu")
-    entrants, lost = measure.warmed_up(names, *arguments)
-    assert entrants.keys() == {"ours", "builtin"}
+    there, lost = entrants.warmed_up(names, *arguments)
+    assert there.keys() == {"ours", "builtin"}
     assert lost == {"transformers": "OutOfMemoryError: CUDA out of memory"}
     fails = "builtin"
     with pytest.raises(torch.OutOfMemoryError):
-        measure.warmed_up(names, *arguments)
+        entrants.warmed_up(names, *arguments)
 
 
 @pytest.mark.slow
