@@ -224,12 +224,10 @@ def kept_by_block(
     t = config.context_length if context_length is None else context_length
     d, f, heads = config.d_model, config.d_ff, config.num_heads
     tokens = batch_size * t
-    wide, narrow = _bytes(precision)
-    normed = 0 if config.norm == "none" and precision == "32-true" else 2
-    if precision == "bf16-mixed" and config.ffn == "swiglu":
-        normed += 1  # autocast converts the input of w1 and that of w3, the same tensor, each for itself
+    _, narrow = _bytes(precision)
+    normed = 0 if config.norm == "none" else 2
     parts = [
-        Memory("residual stream", "2·BTd", 2 * tokens * d, wide),
+        Memory("residual stream", "2·BTd", 2 * tokens * d, narrow),
         Memory("inputs of the products", f"{normed}·BTd", normed * tokens * d, narrow),
         Memory("queries, keys, values", "3·BTd", 3 * tokens * d, narrow),
     ]
@@ -269,15 +267,15 @@ def activations(
     """
     t = config.context_length if context_length is None else context_length
     tokens, d, layers = batch_size * t, config.d_model, config.num_layers
-    wide, _ = _bytes(precision)
+    _, narrow = _bytes(precision)
     parts = []
     if config.activation_checkpointing:
-        parts.append(Memory("inputs of the blocks", "L·BTd", layers * tokens * d, wide))
+        parts.append(Memory("inputs of the blocks", "L·BTd", layers * tokens * d, narrow))
         layers = 1
     for part in kept_by_block(config, batch_size, context_length, precision, device_type):
         formula = part.formula if config.activation_checkpointing else f"L·{part.formula}"
         parts.append(dataclasses.replace(part, formula=formula, num_elements=layers * part.num_elements))
-    parts.append(Memory("last residual stream and its gradient", "2·BTd", 2 * tokens * d, wide))
+    parts.append(Memory("last residual stream and its gradient", "2·BTd", 2 * tokens * d, narrow))
     return parts
 
 
@@ -316,7 +314,7 @@ def training_memory_bytes(
     t = config.context_length if context_length is None else context_length
     tokens, d, f = batch_size * t, config.d_model, config.d_ff
     wide, narrow = _bytes(precision)
-    stream, head, everything = tokens * d * wide, config.vocab_size * d * wide, num_parameters(config) * wide
+    stream, head, everything = tokens * d * narrow, config.vocab_size * d * wide, num_parameters(config) * wide
     block_gradients = _block_parameters(config) * wide
     kept = [part.num_bytes for part in activations(config, batch_size, context_length, precision, device_type)]
     block = sum(part.num_bytes for part in kept_by_block(config, batch_size, context_length, precision, device_type))
@@ -349,7 +347,7 @@ def in_blocks(config: TransformerConfig, precision: Precision, device_type: Devi
 
 
 def _bytes(precision: Precision) -> tuple[int, int]:
-    """Bytes of a number in parameters and residual stream, and of one in the matrix products."""
+    """Bytes of a number in the parameters, and of one that is computed from them."""
     return (2 if precision == "bf16-true" else 4), (4 if precision == "32-true" else 2)
 
 

@@ -281,6 +281,9 @@ class TransformerLM(Module):
                 + ": give fewer, for example the last ones"
             )
         x = self.token_embeddings(token_ids)
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):  # it leaves what is looked up in float32
+            x = x.to(torch.get_autocast_dtype(device))
         config = self.config
         for index, layer in enumerate(self.layers):
             values = None

@@ -176,6 +176,24 @@ def test_autocast_is_near_float32(variant):
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
 
 
+@pytest.mark.parametrize("variant", [{}, {"norm": "post"}, {"norm": "none"}, {"value_embeddings": True}], ids=str)
+def test_autocast_keeps_the_residual_stream_in_its_dtype_and_the_weights_in_theirs(variant):
+    """Half the memory traffic of every norm and sum."""
+    model = small_model(**variant)
+    streams = []
+    for block in model.layers:
+        block.register_forward_hook(lambda _, inputs, output: streams.extend([inputs[0].dtype, output.dtype]))
+    tokens = torch.randint(40, (2, 13))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens[:, :-1], targets=tokens[:, 1:])
+    assert set(streams) == {torch.bfloat16}
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    model(tokens[:, 1:])
+    assert streams[-1] == torch.float32
+
+
 @pytest.mark.parametrize("option", ["gated_attention", "value_embeddings"])
 def test_what_begins_with_nothing_to_say_changes_nothing_at_first(option):
     torch.manual_seed(0)
