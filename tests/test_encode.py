@@ -6,10 +6,8 @@ import json
 import lzma
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -362,49 +360,6 @@ class TestInterruption:
         with pytest.raises(OSError, match=r"needs about .* MB more"):
             encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["x.txt"]
-
-
-KILLED = """
-import sys
-from tokenizer import Tokenizer, encode
-encode.SMALL_BYTES, encode.CHUNK_BYTES, encode.JOURNAL_SECONDS = -1, 1 << 14, 0.01
-encode.encode_files(Tokenizer.from_directory(sys.argv[1]), sys.argv[2], sys.argv[3], num_threads=2)
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_ends_with_the_same_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.save(tmp_path / "tok")
-    (tmp_path / "x.txt").write_bytes((random_text(9, 50_000) * 60).encode())
-    encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "whole" / "x.npy")
-    command = [sys.executable, "-c", KILLED, tmp_path / "tok", tmp_path / "x.txt", tmp_path / "d" / "x.npy"]
-    start = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True)
-    usual = time.monotonic() - start
-    rng = random.Random(0)
-    resumed = 0
-    for _ in range(4):
-        (tmp_path / "d" / "x.npy").unlink(missing_ok=True)
-        for _ in range(20):
-            child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-            try:
-                _, err = child.communicate(timeout=usual * rng.uniform(0.5, 1.0))
-            except subprocess.TimeoutExpired:
-                child.send_signal(signal.SIGKILL)
-                _, err = child.communicate()
-                assert "Traceback" not in err
-                resumed += "going on" in err
-                if (tmp_path / "d" / "x.npy").exists():
-                    break
-                continue
-            assert child.returncode == 0, err
-            resumed += "going on" in err
-            break
-        else:
-            subprocess.run(command, check=True, capture_output=True)
-        assert (tmp_path / "d" / "x.npy").read_bytes() == (tmp_path / "whole" / "x.npy").read_bytes()
-        assert not list((tmp_path / "d").glob(".x.npy.part"))
-    assert resumed > 0
 
 
 PEAKS = """

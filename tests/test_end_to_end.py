@@ -59,7 +59,7 @@ def test_a_users_own_text_becomes_a_model_that_writes(lm: Run, capfd: pytest.Cap
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_fit_with_nothing_else_in_an_empty_folder(lm: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    """The very command of the README, cut short by its own settings alone; and never by the clock, however busy it is."""
+    """The very command of the README, cut short by its own settings alone, and not by the clock on a busy machine."""
     steps = ["--trainer.max_steps=60", "--model.schedule.warmup_steps=10", "--run.max_minutes=14"]
     assert lm("fit", *steps, "--run.sample_tokens=32") == 0
     said = capfd.readouterr().out
