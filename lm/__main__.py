@@ -1,5 +1,6 @@
 """`python -m lm`: every command, each imported only when it is called."""
 
+import gc
 import importlib
 import inspect
 import os
@@ -99,4 +100,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    gc.freeze()  # or the interpreter, on its way out, looks for cycles among all that the libraries have made
+    sys.exit(exit_code)
