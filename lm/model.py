@@ -282,8 +282,9 @@ class TransformerLM(Module):
             )
         x = self.token_embeddings(token_ids)
         device = x.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):  # it leaves what is looked up in float32
-            x = x.to(torch.get_autocast_dtype(device))
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        if autocast and torch.get_autocast_dtype(device) == torch.bfloat16:  # float16 has too small a range for sums
+            x = x.bfloat16()  # autocast leaves what is looked up in float32
         config = self.config
         for index, layer in enumerate(self.layers):
             values = None

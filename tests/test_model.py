@@ -192,6 +192,9 @@ def test_autocast_keeps_the_residual_stream_in_its_dtype_and_the_weights_in_thei
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
     model(tokens[:, 1:])
     assert streams[-1] == torch.float32
+    with torch.autocast("cpu", torch.float16), torch.no_grad():
+        model(tokens[:, 1:])
+    assert streams[-1] == torch.float32
 
 
 @pytest.mark.parametrize("option", ["gated_attention", "value_embeddings"])
