@@ -22,6 +22,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
@@ -445,13 +446,20 @@ def lock_run(run: PathLike) -> IO[str]:
     path = Path(run) / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - the caller closes it
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip()
+    for _ in range(50):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read()
+        if holder.endswith("\n"):
+            file.close()
+            raise InUseError(run, holder.strip())
+        time.sleep(0.1)  # the other has only just got it, and writes its name
+    else:
         file.close()
-        raise InUseError(run, holder) from None
+        raise InUseError(run, "another process")
     file.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     return file

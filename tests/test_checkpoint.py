@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -29,6 +30,7 @@ import torch
 from lm.checkpoint import (
     AtomicCheckpointIO,
     CheckpointError,
+    InUseError,
     best_checkpoint,
     check_folder,
     find_run,
@@ -403,6 +405,22 @@ def test_a_second_run_in_the_same_directory_is_refused_until_the_first_is_gone(t
         lock_run(tmp_path)
     kill(pid)
     lock_run(tmp_path).close()  # a killed process leaves no lock behind
+
+
+def test_who_has_only_just_claimed_a_run_is_waited_for_until_it_has_said_who_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lock_run(tmp_path) as first:
+        first.truncate(0)
+        writer = threading.Timer(0.3, lambda: print("process 7 on node3", file=first, flush=True))
+        writer.start()
+        with pytest.raises(InUseError, match="is in use by process 7 on node3: wait"):
+            lock_run(tmp_path)
+        writer.join()
+        first.truncate(0)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        with pytest.raises(InUseError, match="is in use by another process: wait"):
+            lock_run(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- failing writes
