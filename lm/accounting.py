@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm import default_config
+from lm.gradients import HEADS, LOGITS, QUERIES
 from lm.model import Attention, TransformerConfig
 
 Rules = Literal["2025", "2026"]
@@ -191,10 +192,6 @@ def adamw_flops(config: TransformerConfig) -> int:
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
-# Logits that exist at a time, and scores per block of attention computed in blocks: as in lm/gradients.py.
-_LOGITS, _BLOCK_HEADS, _BLOCK_QUERIES = 2**25, 32, 64
-
-
 @dataclass(frozen=True)
 class Memory:
     """A part of a training step's memory: what it is, its number of elements as a formula and a number, their size."""
@@ -319,14 +316,14 @@ def training_memory_bytes(
     kept = [part.num_bytes for part in activations(config, batch_size, context_length, precision, device_type)]
     block = sum(part.num_bytes for part in kept_by_block(config, batch_size, context_length, precision, device_type))
 
-    rows = min(tokens, max(1, _LOGITS // config.vocab_size))
+    rows = min(tokens, max(1, LOGITS // config.vocab_size))
     logits = rows * config.vocab_size * (4 if precision == "32-true" else 6)
     not_yet = block if config.activation_checkpointing else 0
     loss = sum(kept) - not_yet + stream + logits + head * (1 if rows == tokens else 2)
 
     feed_forward = 3 * tokens * f * narrow + stream + d * f * wide
     if in_blocks(config, precision, device_type):
-        rows_at_once = min(batch_size * config.num_heads, _BLOCK_HEADS) * min(t, _BLOCK_QUERIES)
+        rows_at_once = min(batch_size * config.num_heads, HEADS) * min(t, QUERIES)
         attention = 2 * rows_at_once * t * 4 + 3 * stream
     else:
         attention = 16 * batch_size * config.num_heads * t * t  # four tensors of scores in float32

@@ -206,6 +206,25 @@ def test_out_of_memory_says_which_batch_to_try(
     assert "--data.batch_size 2 --trainer.accumulate_grad_batches 2 (the same updates)" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_float32_products_are_made_as_matmul_precision_says(
+    fit: Run, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    seen = []
+
+    def look(*_: Any) -> None:
+        seen.append(torch.get_float32_matmul_precision())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lm.module.LanguageModel.training_step", look)
+    try:
+        fit(f"--matmul_precision={precision}")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [precision]
+
+
 # --------------------------------------------------------------------------------------------------- bare and resumed
 
 

@@ -87,6 +87,27 @@ def test_between_agreements_the_clock_goes_by_steps_alone() -> None:
     assert clock.now() > 1e9
 
 
+@pytest.mark.parametrize(("world_size", "device", "every"), [(1, "cpu", 1), (2, "cpu", 3), (1, "cuda", 3)])
+def test_one_process_on_a_cpu_need_not_wait_for_anyone(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, device: str, every: int
+) -> None:
+    monkeypatch.setattr(Trainer, "world_size", world_size)
+    monkeypatch.setattr(Trainer, "strategy", SimpleNamespace(root_device=torch.device(device)))
+    trainer = object.__new__(Trainer)
+    assert RunControl(RunConfig(sync_every_n_steps=3), started=0.0)._sync_every(trainer) == every
+
+
+def test_the_ranks_agree_as_seldom_as_the_setting_says(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    agreed = []
+    before(monkeypatch, control.Clock, "agree", lambda _: agreed.append(len(steps)))
+    steps: list[None] = []
+    before(monkeypatch, LanguageModel, "training_step", lambda _: steps.append(None))
+    monkeypatch.setattr(RunControl, "_sync_every", lambda self, _: self.config.sync_every_n_steps)
+    settings = ["--run.validate_every_n_steps=1000", "--run.sync_every_n_steps=5", "--trainer.max_steps=12"]
+    assert fit(*settings) == 0
+    assert sorted({step for step in agreed if step > 1}) == [5, 10, 12]
+
+
 class SlowMachine:
     """A clock that goes by what is done alone: a step, a batch of validation, ... take what they are told."""
 

@@ -36,7 +36,7 @@ ONLY = {
     "lm.layers": ["lm.functional", "lm.gradients"],
     "lm.model": ["lm.functional", "lm.layers"],
     "lm.optim": [],
-    "lm.accounting": ["lm.model"],
+    "lm.accounting": ["lm.gradients", "lm.model"],
     "lm.data": ["lm.prepare"],
     "lm.apart": [],
     "lm.rivals": ["lm.model"],
