@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls names that jsonargparse 5 drops
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two pytest workers share two cores
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as lm/__main__.py does
 
 import pytest
 

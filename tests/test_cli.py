@@ -319,7 +319,6 @@ def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch, name: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("strategy", "launcher"), [("ddp", "lightning"), ("fsdp2", "torchrun")])
 def test_two_processes_are_one_with_twice_the_batch(
     fit: Run, dataset: Path, strategy: str, launcher: str, tmp_path: Path

@@ -32,7 +32,6 @@ from lm.ranks import make_strategy
 TWO_RANKS = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2"]
 ENDLESS = ["--trainer.max_steps=1000000", "--run.validate_every_n_steps=50", "--trainer.log_every_n_steps=5"]
 
-pytestmark = pytest.mark.timeout(600)  # whole processes, on machines of any speed
 
 # Runs `python -m lm` with a fault in one rank at one step, named by the environment variable FAULT.
 DRIVER = """

@@ -104,7 +104,6 @@ def compare_compiled_with_eager(_: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_compiled_step_gives_the_same_texts() -> None:
     if shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler on CPU")

@@ -314,7 +314,6 @@ def compare_compiled_with_eager(_, backend, variants):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("backend", "variants"), [("aot_eager", VARIANTS), ("inductor", [{}])], ids=["traced", "compiled"]
 )

@@ -235,7 +235,6 @@ def test_activation_checkpointing_changes_nothing(fit: Fit) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_compiled_or_not_the_run_is_the_same_and_checkpoints_go_both_ways(dataset: Path, tmp_path: Path) -> None:
     """In a process of its own: the compiler cannot look through the shape checks of the test run."""
     on = "--model.compile=true"

@@ -201,7 +201,6 @@ def test_the_number_of_threads_hardly_matters(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_stopped_after_any_number_of_batches_equals_the_unbroken_one(runs: Runs, variant: str) -> None:
     num_steps, every = {"plain": (12, 1), "accumulation": (6, 1)}.get(variant, (24, 8))

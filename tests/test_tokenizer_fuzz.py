@@ -27,7 +27,7 @@ NUM_CORPORA = max(NUM_STRINGS // 100, 60)
 BATCH = 4000
 END = "<|endoftext|>"
 
-pytestmark = pytest.mark.timeout(0 if NUM_STRINGS > 100_000 else 120)
+pytestmark = pytest.mark.timeout(0 if NUM_STRINGS > 100_000 else 600)
 
 
 # ---------------------------------------------------------------------------------------------- text to throw at them

@@ -49,7 +49,6 @@ def test_handouts_example() -> None:
         assert [first + second for first, second in learn(counts, 8)] == expected
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("num", [300, pytest.param(5_000, marks=pytest.mark.slow)])
 def test_random_counts_full_of_ties(num: int) -> None:
     random = np.random.default_rng(num)
