@@ -1,5 +1,6 @@
 """`python -m lm`: every command, each imported only when it is called."""
 
+import contextlib
 import gc
 import importlib
 import inspect
@@ -7,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 STARTED = time.monotonic()
@@ -36,6 +37,16 @@ def usage() -> str:
     return "\n".join(
         ["usage: python -m lm <command> [options]", "", *lines, "", "python -m lm <command> --help lists its options."]
     )
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Without the search for cycles, which goes through all that the libraries make many times, and finds nothing."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def spelled_out(tool: Callable[..., Any], args: list[str]) -> list[str]:
@@ -68,8 +79,8 @@ def main(argv: list[str]) -> int:
         before = signal.getsignal(signal.SIGINT)
         if before is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save yet: end at once, without a traceback
-        from lm import cli
-
+        with importing():
+            from lm import cli
         signal.signal(signal.SIGINT, before)
         return cli.main(argv, STARTED)
     if command not in TOOLS:
@@ -81,11 +92,12 @@ def main(argv: list[str]) -> int:
         return 2
     module, name = TOOLS[command][0].split(":")
     try:
-        from jsonargparse import auto_cli
+        with importing():
+            from jsonargparse import auto_cli
 
-        from lm.options import ToolParser
+            from lm.options import ToolParser
 
-        tool = getattr(importlib.import_module(module), name)
+            tool = getattr(importlib.import_module(module), name)
         args = spelled_out(tool, argv[1:])
         auto_cli(tool, args=args, prog=f"python -m lm {command}", parser_class=ToolParser)
     except KeyboardInterrupt:
