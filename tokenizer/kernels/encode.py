@@ -39,6 +39,7 @@ ID_BITS = Word(21)
 MAX_IDS = 1 << 21
 
 SLOT = 4  # words per slot
+BUCKET = 8  # words of `Rules.pairs` compared together: a line of the processor's cache
 BATCH = 64  # pre-tokens looked up together
 INLINE_IDS = 3
 MAX_CACHED_BYTES = 256
@@ -99,8 +100,8 @@ unpack = unpacker(Tables)
 
 @inline_kernel
 def home_of_pair(key: Word, pairs: NDArray[np.uint64]) -> Word:
-    """Where in `pairs` the search for two ids begins: a bucket of four words, half a line of the processor's cache."""
-    return ((key * MIX1) >> HALF) & Word(len(pairs) - 4)
+    """Where in `pairs` the bucket begins in which the search for two ids does."""
+    return ((key * MIX1) >> HALF) & Word(len(pairs) - BUCKET)
 
 
 @kernel
@@ -131,14 +132,14 @@ def find_merge(left: np.uint32, right: np.uint32, pairs: NDArray[np.uint64]) -> 
     key = (Word(left) << ID_BITS) | Word(right)
     i = home_of_pair(key, pairs)
     while True:
-        # No branch tells the four apart: the processor could not predict it.
+        # No branch tells the eight apart: the processor could not predict it.
         found = NONE
-        for j in range(4):
+        for j in range(BUCKET):
             word = pairs[i + Word(j)]
             found |= word if word >> RANK_BITS == key else NONE
-        if found != NONE or pairs[i + Word(3)] == NONE:
+        if found != NONE or pairs[i + Word(BUCKET - 1)] == NONE:
             return np.uint32((found & RANK_MASK) - ONE)
-        i = (i + Word(4)) & Word(len(pairs) - 4)
+        i = (i + Word(BUCKET)) & Word(len(pairs) - BUCKET)
 
 
 @inline_kernel
