@@ -7,8 +7,10 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import tracemalloc
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -502,11 +504,55 @@ class TestCache:
         def fail(words: int) -> None:
             raise MemoryError
 
-        monkeypatch.setattr(encoder, "_empty_cache", fail)
-        encoder._make_room()
+        monkeypatch.setattr(encoder._shared, "empty", fail)
+        encoder._shared.make_room(encoder._cache)
         assert encoder._cache.used[0] == fresh
         expected = ids[:count].copy()
         assert encoder.encode(text, len(text) - 64, starts, ids) == count and (ids[:count] == expected).all()
+
+    @pytest.mark.parametrize("max_slots", [1 << 12, 1 << 19])
+    def test_threads_share_a_cache_that_grows_and_is_emptied_under_them(self, small: Tokenizer, max_slots: int) -> None:
+        """All begin the same new words at once: ids would be wrong if one could see half a slot of another's."""
+        rng, letters, num_threads = random.Random(2), "etaoinshrdlucmfwypvbgkjqxz", 4
+        words = ["".join(rng.choices(letters, k=rng.randrange(1, 30))) for _ in range(100_000)]
+        text = " ".join(words).encode()
+        padded = np.frombuffer(text + bytes(64), np.uint8)
+        starts = np.empty((num_threads, len(text) + 64), np.uint32)
+        ids = np.empty((num_threads, len(text) + 3), np.uint16)
+        count = BytesEncoder(small).encode(padded, len(text), starts[0], ids[0])
+        expected = ids[0, :count].copy()
+        for _ in range(3):
+            first = BytesEncoder(small, first_slots=1 << 8, max_slots=max_slots)
+            encoders = [first, *(first.copy() for _ in range(num_threads - 1))]
+            barrier = threading.Barrier(num_threads)
+
+            def work(i: int) -> bool:
+                barrier.wait()  # noqa: B023
+                found = encoders[i].encode(padded, len(text), starts[i], ids[i])  # noqa: B023
+                return found == count and bool((ids[i, :count] == expected).all())
+
+            with ThreadPoolExecutor(num_threads) as pool:
+                assert all(pool.map(work, range(num_threads)))
+
+    def test_a_word_of_memory_is_claimed_by_one_thread(self) -> None:
+        from numba import njit
+
+        from tokenizer.kernels.machine import claim, take
+
+        @njit(nogil=True)
+        def claims(words: Any, taken: Any, mine: Any) -> int:
+            won = 0
+            for i in range(len(words)):
+                won += claim(words, i, mine)
+                take(taken, 0, 3)
+            return won
+
+        words, taken = np.zeros(300_000, np.uint64), np.zeros(1, np.int64)
+        with ThreadPoolExecutor(4) as pool:
+            won = list(pool.map(lambda mine: claims(words, taken, np.uint64(mine)), range(1, 5)))
+        assert won == [int((words == mine).sum()) for mine in range(1, 5)]
+        assert sum(won) == len(words)
+        assert taken[0] == 3 * 4 * len(words)
 
     def test_a_vocabulary_larger_than_the_cache(self, small: Tokenizer) -> None:
         encoder = BytesEncoder(small, first_slots=1 << 8, max_slots=1 << 8)

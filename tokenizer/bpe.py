@@ -464,7 +464,7 @@ PADDING_BYTES = bytes(64)
 
 
 class BytesEncoder:
-    """UTF-8 bytes to ids by the kernels, with a cache of pre-tokens of its own: one per thread.
+    """UTF-8 bytes to ids by the kernels, with a cache of pre-tokens. For one thread; `copy` makes one for another.
 
     Args:
         tokenizer: whose ids.
@@ -472,12 +472,11 @@ class BytesEncoder:
         max_slots: size at which a full cache is emptied instead of enlarged.
     """
 
-    def __init__(self, tokenizer: Tokenizer, first_slots: int = 1 << 19, max_slots: int = 1 << 21) -> None:
+    def __init__(self, tokenizer: Tokenizer, first_slots: int = 1 << 20, max_slots: int = 1 << 21) -> None:
         from tokenizer.kernels import encode as kernels
         from tokenizer.kernels.machine import words_of
 
         self._kernels, self._words_of = kernels, words_of
-        self._first_words, self._max_words = kernels.SLOT * first_slots, kernels.SLOT * max_slots
         if tokenizer.vocab_size > kernels.MAX_IDS:
             raise ValueError(f"vocab has id {tokenizer.vocab_size - 1}: the kernels take ids below {kernels.MAX_IDS}")
         ids = tokenizer._ids
@@ -496,9 +495,7 @@ class BytesEncoder:
         self._work = self._empty_work(self._kernels.PIECE)
         self._special_tokens = pretokenize.special_token_arrays(tokenizer.special_tokens)
         self._special_ids = np.array([tokenizer.special_ids[token] for token in tokenizer.special_tokens], np.uint32)
-        self._cache = self._empty_cache(self._first_words)
-        self._own_words = self._cache.slots[:0]
-        kernels.rebuild(self._own_words, self._cache.slots, self._cache.shift)  # loaded now, not amid the text
+        self._shared = SharedCache(kernels, kernels.SLOT * first_slots, kernels.SLOT * max_slots)
         self._set_tables()
 
     def learn_vocabulary(self, tokenizer: Tokenizer) -> None:
@@ -510,34 +507,24 @@ class BytesEncoder:
         starts = np.cumsum([0, *map(len, tokens)], dtype=np.uint32)
         ids = np.empty(len(text) + 3, np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         self._kernels.encode_pretokens(text, starts, len(tokens), self._tables, ids, np.uint64(0))
-        slots = self._cache.slots.reshape(-1, self._kernels.SLOT)
+        slots = self._shared.cache.slots.reshape(-1, self._kernels.SLOT)
         own = slots[slots[:, -1] >> np.uint64(32) == 1]  # one id: the others are not what the merges make of them
-        self._own_words = own.reshape(-1)
-        self._forget()
-
-    def _forget(self) -> None:
-        """Leave nothing in the cache but what `learn_vocabulary` put there."""
-        slots, _, used, shift = self._cache
-        slots[:] = 0
-        self._kernels.rebuild(self._own_words, slots, shift)
-        used[:] = len(self._own_words) // self._kernels.SLOT, 0
+        self._shared.own_words = own.reshape(-1)
+        self._shared.forget()
 
     def _set_tables(self) -> None:
         """Say to the kernel where its tables are: after each change of the cache or of the scratch space."""
         classes = pretokenize.unicode_classes()
+        self._cache = self._shared.cache
         parts = classes, self._special_tokens, self._special_ids, self._rules, self._cache, self._work
         self._tables = self._words_of(self._kernels.Tables(*parts))
 
-    def _empty_cache(self, words: int) -> Any:
-        spill, used = np.empty(words // 2, np.uint32), np.zeros(2, np.int64)
-        return self._kernels.Cache(_zeroed_words(words), spill, used, 65 - words.bit_length())
-
     def copy(self) -> "BytesEncoder":
-        """One for another thread: the same tables, an empty cache of its own."""
+        """One for another thread: the same tables and cache."""
         other = copy.copy(self)
-        other._cache = self._empty_cache(self._first_words)
         other._work = self._empty_work(self._kernels.PIECE)
         other._set_tables()
+        self._shared.num_users += 1
         return other
 
     def _empty_work(self, longest: int) -> Any:
@@ -570,12 +557,14 @@ class BytesEncoder:
         if text.flags.writeable:  # one compiled kernel for all callers
             text = text.view()
             text.flags.writeable = False
+        if self._cache is not self._shared.cache:
+            self._set_tables()
         position, count = self._kernels.encode_text(text, 0, size, self._tables, starts, ids)
         while position < size:
             if self._work.needed[0] > len(self._work.ids):
                 self._work = self._empty_work(int(self._work.needed[0]))
             else:
-                self._make_room()
+                self._shared.make_room(self._cache)
             self._set_tables()
             position, added = self._kernels.encode_text(text, position, size, self._tables, starts, ids[count:])
             count += added
@@ -584,20 +573,65 @@ class BytesEncoder:
             self._set_tables()
         return count
 
-    def _make_room(self) -> None:
-        """Make the cache twice as large, or empty it where it is as large as it may get."""
-        slots, _, used, _ = self._cache
-        try:
-            if 2 * len(slots) > self._max_words:
-                raise MemoryError
-            larger = self._empty_cache(2 * len(slots))
-        except MemoryError:
-            self._forget()
-            return
-        self._kernels.rebuild(slots, larger.slots, larger.shift)
-        larger.spill[: used[1]] = self._cache.spill[: used[1]]
-        larger.used[:] = used
-        self._cache = larger
+
+class SharedCache:
+    """The cache of pre-tokens that all threads use now; it grows, or is emptied when it has grown enough.
+
+    Args:
+        kernels: `tokenizer.kernels.encode`.
+        first_words: size of the empty cache, a power of two.
+        max_words: size at which a full cache is emptied instead of enlarged.
+    """
+
+    def __init__(self, kernels: Any, first_words: int, max_words: int) -> None:
+        self._kernels, self._max_words = kernels, max_words
+        self._lock = threading.Lock()
+        self.num_users = 1
+        self.cache = self.empty(first_words)
+        self.own_words = self.cache.slots[:0]  # that are never forgotten
+        self._copy_own_words()  # loads its kernel now, not amid the text
+
+    def empty(self, words: int) -> Any:
+        """A cache with nothing in it."""
+        spill, used = np.empty(words // 2, np.uint32), np.zeros(2, np.int64)
+        return self._kernels.Cache(_zeroed_words(words), spill, used, 65 - words.bit_length())
+
+    def make_room(self, full: Any) -> None:
+        """Put another cache in place of `full`, unless another thread has done so: twice as large, or an empty one.
+
+        The other threads use and fill `full` until they see that; what they put there meanwhile is met anew.
+        """
+        with self._lock:
+            if self.cache is not full:
+                return
+            slots, spill, used, _ = full
+            try:
+                if 2 * len(slots) > self._max_words:
+                    raise MemoryError
+                larger = self.empty(2 * len(slots))
+            except MemoryError:
+                if self.num_users == 1:
+                    self.forget()
+                else:
+                    self.cache = self.empty(len(slots))
+                    self._copy_own_words()
+                return
+            self._kernels.rebuild(slots, larger.slots, larger.shift)
+            # After the slots: what these refer to has been written.
+            size = min(int(used[1]), len(spill))
+            larger.spill[:size] = spill[:size]
+            larger.used[:] = int(used[0]), size
+            self.cache = larger
+
+    def forget(self) -> None:
+        """Leave nothing in the cache but its own words; no other thread may be using it."""
+        self.cache.slots[:] = 0
+        self._copy_own_words()
+
+    def _copy_own_words(self) -> None:
+        slots, _, used, shift = self.cache
+        self._kernels.rebuild(self.own_words, slots, shift)
+        used[:] = len(self.own_words) // self._kernels.SLOT, 0
 
 
 def _zeroed_words(count: int) -> NDArray[np.uint64]:

@@ -20,11 +20,15 @@ from tokenizer.kernels.machine import (
     ALL,
     NONE,
     ONE,
+    claim,
     copy_16_bytes,
     inline_kernel,
     kernel,
+    load_acquire,
     lowest_bit,
     prefetch,
+    store_release,
+    take,
     unpacker,
 )
 from tokenizer.kernels.scan import SpecialTokens, find_special_token, scan
@@ -58,7 +62,11 @@ class Rules(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Pre-tokens and their ids; one per thread."""
+    """Pre-tokens and their ids, of all threads together.
+
+    Nobody locks it. A slot is written by the thread that was first to claim its last word, and its high key last, so
+    that one who finds that finds the rest as well; who comes second does without the slot.
+    """
 
     slots: NDArray[np.uint64]  # SLOT words each: low key, high key (0 = free), ids 0 and 1, id 2 and the number of ids
     spill: NDArray[np.uint32]
@@ -307,11 +315,12 @@ def merge_long(ids: NDArray[np.uint32], count: int, work: Work, rules: Rules) ->
 
 @kernel
 def rebuild(old: NDArray[np.uint64], new: NDArray[np.uint64], shift: int) -> None:
-    """Move all slots of `old` into the larger and empty `new`."""
+    """Copy all slots of `old`, which other threads may go on to fill, into the larger and empty `new`."""
     for i in range(0, len(old), SLOT):
-        if old[i + 1] == NONE:
+        high = load_acquire(old, Word(i + 1))
+        if high == NONE:
             continue
-        slot = (hash_key(old[i], old[i + 1]) >> Word(shift)) & Word(len(new) - SLOT)
+        slot = (hash_key(old[i], high) >> Word(shift)) & Word(len(new) - SLOT)
         while new[slot + ONE] != NONE:
             slot = (slot + Word(SLOT)) & Word(len(new) - SLOT)
         for word in range(SLOT):
@@ -355,14 +364,15 @@ def store(
     slot: Word,
     cache: Cache,
 ) -> None:
-    """Fill the free `slot` with a key and its ids, unless the cache is three quarters full."""
+    """Fill the free `slot` with a key and its ids, unless another thread does or the cache is three quarters full."""
     long_words = (length + 3) // 4 if length > INLINE_BYTES else 0
     spilled = count if count > INLINE_IDS or long_words > 0 else 0
-    position = cache.used[1]
-    if 4 * SLOT * cache.used[0] > 3 * len(cache.slots) or position + spilled + long_words > len(cache.spill):
+    if 4 * SLOT * cache.used[0] > 3 * len(cache.slots):
+        return
+    position = take(cache.used, ONE, spilled + long_words) if spilled > 0 else 0
+    if position + spilled + long_words > len(cache.spill) or not claim(cache.slots, slot + Word(3), ONE):
         return
     cache.slots[slot] = low
-    cache.slots[slot + ONE] = high
     if spilled > 0:
         for i in range(count):
             cache.spill[position + i] = ids[i]
@@ -373,13 +383,13 @@ def store(
             cache.spill[position + count + i] = word
         cache.slots[slot + Word(2)] = Word(position)
         cache.slots[slot + Word(3)] = Word(count + INLINE_IDS) << HALF
-        cache.used[1] += spilled + long_words
     else:
         second = Word(ids[1]) if count > 1 else NONE
         third = Word(ids[2]) if count > 2 else NONE
         cache.slots[slot + Word(2)] = Word(ids[0]) | (second << HALF)
         cache.slots[slot + Word(3)] = third | (Word(count) << HALF)
-    cache.used[0] += 1
+    store_release(cache.slots, slot + ONE, high)
+    take(cache.used, NONE, 1)
 
 
 @kernel
@@ -444,7 +454,8 @@ def encode_pretokens(
         for i in range(size):
             low, high, slot = keys[i + i], keys[i + i + ONE], homes[i]
             while True:
-                if slots[slot] == low and slots[slot + ONE] == high:
+                there = load_acquire(slots, slot + ONE)
+                if there == high and slots[slot] == low:
                     ids, last = slots[slot + Word(2)], slots[slot + Word(3)]
                     number = last >> HALF
                     if number <= Word(INLINE_IDS):
@@ -460,7 +471,7 @@ def encode_pretokens(
                             out[count + j] = spill[ids + j]
                         count += number
                         break
-                elif slots[slot + ONE] == NONE:
+                elif there == NONE:
                     begin = Word(starts[first + i])
                     length = Word(starts[first + i + ONE]) - begin
                     number = learn(text, np.int64(begin), np.int64(length), low, high, slot, tables)

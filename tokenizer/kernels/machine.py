@@ -253,6 +253,54 @@ def copy_filled(typing_context: Any, target: Any, to: Any, source: Any, position
     return types.void(target, types.int64, source, types.int64, fills, types.int64), generate
 
 
+def _word(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    """Pointer to the word of an array that the first two arguments name."""
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    return builder.gep(array.data, [arguments[1]])
+
+
+@instruction
+def load_acquire(typing_context: Any, words: Any, i: Any) -> Any:
+    """words[i]; what another thread wrote before its `store_release` of this value is there to be read from now on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(_word(context, builder, signature, arguments), "acquire", 8)
+
+    return types.uint64(words, types.uint64), generate
+
+
+@instruction
+def store_release(typing_context: Any, words: Any, i: Any, value: Any) -> Any:
+    """Write words[i] after all that was written before, for `load_acquire`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.store_atomic(arguments[2], _word(context, builder, signature, arguments), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(words, types.uint64, types.uint64), generate
+
+
+@instruction
+def claim(typing_context: Any, words: Any, i: Any, value: Any) -> Any:
+    """Write words[i] if it is 0, in one step; whether it was, which it is for one thread alone."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = _word(context, builder, signature, arguments)
+        return builder.extract_value(builder.cmpxchg(word, ir.Constant(WORD, 0), arguments[2], "monotonic"), 1)
+
+    return types.boolean(words, types.uint64, types.uint64), generate
+
+
+@instruction
+def take(typing_context: Any, words: Any, i: Any, count: Any) -> Any:
+    """Add `count` to words[i] in one step; its value before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.atomic_rmw("add", _word(context, builder, signature, arguments), arguments[2], "monotonic")
+
+    return types.int64(words, types.uint64, types.int64), generate
+
+
 def _bit_counter(name: str, *flags: Any) -> Callable[..., Any]:
     """What writes a call of the LLVM instruction `name` on a mask of 64 bits."""
 
