@@ -8,6 +8,7 @@ that was killed goes on from there when it is started again. The final name appe
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -15,8 +16,10 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,10 +125,10 @@ def encode_files(
     with TokenWriter(output, dtype, job, tokenizer, reader.num_bytes) as writer:
         if reader.num_bytes is not None and reader.num_bytes <= SMALL_BYTES and shard is None:
             writer.start_over()
-            for number, path in enumerate(paths):
+            for path in paths:
                 text = read_text(path, errors)
                 ids = np.array(tokenizer.encode_without_loading(text), dtype)
-                writer.append(number, np.frombuffer(text.encode(), np.uint8), ids)
+                writer.append(np.frombuffer(text.encode(), np.uint8), ids)
         else:
             if not writer.skip_done(reader):
                 writer.start_over()
@@ -145,24 +148,31 @@ def _encode_chunks(
     """Encode the chunks of `reader` into `writer` in threads. An error stops all; the first in the text is raised."""
     errors: list[tuple[int, BaseException]] = []
     encoder = BytesEncoder(tokenizer)
+    # Room for a text and its ids: one for each thread, and some for chunks that wait for their turn to be written.
+    rooms: SimpleQueue[tuple[NDArray[np.uint8], NDArray[Any]] | None] = SimpleQueue()
+    for _ in range(num_threads + 2):
+        rooms.put((np.empty(0, np.uint8), np.empty(0, writer.dtype)))
 
     def work(encoder: BytesEncoder) -> None:
-        buffer = np.empty(0, np.uint8)
-        starts, ids = np.empty(0, np.uint32), np.empty(0, writer.dtype)
+        starts = np.empty(0, np.uint32)
         number = -1
         try:
-            while (taken := reader.take(buffer)) is not None:
+            while (room := rooms.get()) is not None and (taken := reader.take(room[0])) is not None:
                 number, chunk = taken
-                buffer = chunk.text
+                text, ids = chunk.text, room[1]
                 chunk = reader.check(chunk)
                 if len(starts) < chunk.length + PADDING:
-                    starts, ids = np.empty(chunk.length + PADDING, np.uint32), np.empty(chunk.length + 3, writer.dtype)
+                    starts = np.empty(chunk.length + PADDING, np.uint32)
+                if len(ids) < chunk.length + 3:
+                    ids = np.empty(chunk.length + 3, writer.dtype)
                 count = encoder.encode(chunk.text, chunk.length, starts, ids)
-                writer.append(number, chunk.text[: chunk.length], ids[:count])
+                give_back = functools.partial(rooms.put, (text, ids))
+                writer.hand_in(number, chunk.text[: chunk.length], ids[:count], give_back)
         except BaseException as error:
             errors.append((number, error))
             reader.stopped = True
-            writer.stop_waiting()
+        finally:
+            rooms.put(None)  # that the text has ended, or nothing more is wanted, for one that waits for room
 
     with (
         ThreadPoolExecutor(num_threads) as pool,
@@ -177,9 +187,8 @@ def _encode_chunks(
         except BaseException:
             reader.stopped = True
             raise
-    failures = [(number, error) for number, error in errors if not isinstance(error, _StoppedWaiting)]
-    if failures:
-        raise min(failures, key=lambda failure: failure[0])[1]
+    if errors:
+        raise min(errors, key=lambda failure: failure[0])[1]
 
 
 class ShardReader(ChunkReader):
@@ -267,10 +276,6 @@ class Done:
     text_sha256: str = hashlib.sha256().hexdigest()
 
 
-class _StoppedWaiting(Exception):
-    """Another thread has failed, so the turn of this one will not come."""
-
-
 class TokenWriter:
     """Appends the ids of chunks to the part file of `output`, in the order of their numbers.
 
@@ -294,8 +299,9 @@ class TokenWriter:
         self.expected_bytes = num_bytes
         self.separator_id = tokenizer.special_ids.get(SEPARATOR, -1)
         self.vocab = tokenizer.vocab
-        self.turn = threading.Condition()
-        self.failed = False
+        self.lock = threading.Lock()
+        self.handed_in: dict[int, tuple[NDArray[np.uint8], NDArray[Any], Callable[[], None]]] = {}
+        self.busy = False  # a thread appends what has been handed in
         self.start_over()
 
     def start_over(self) -> None:
@@ -350,38 +356,46 @@ class TokenWriter:
         print(f"tokenizer: going on with {self.output} after {done.num_tokens} ids", file=sys.stderr)
         return True
 
-    def append(self, number: int, text: NDArray[np.uint8], ids: NDArray[Any]) -> None:
-        """Add the ids of chunk `number`, whose bytes are `text`, when its turn comes."""
-        with self.turn:
-            self.turn.wait_for(lambda: self.failed or number == self.done.num_chunks)
-            if self.failed:
-                raise _StoppedWaiting
-            self._write(ids.data.cast("B"), HEADER_BYTES + self.done.num_tokens * self.dtype.itemsize)
-            self.text_hash.update(text.data)
-            separators = np.flatnonzero(ids == self.separator_id) if self.separator_id >= 0 else ids[:0]
-            tail = ids[separators[-1] + 1 :] if len(separators) else ids
-            has_text = self._is_visible(tail[:64]) or self._is_visible(np.unique(tail[64:]))
-            done = self.done
-            self.done = Done(
-                num_chunks=number + 1,
-                num_bytes=done.num_bytes + len(text),
-                num_tokens=done.num_tokens + len(ids),
-                num_documents=done.num_documents + len(separators),
-                in_document=has_text or (done.in_document and not len(separators)),
-                max_id=max(done.max_id, int(ids.max(initial=0)) if len(ids) else -1),
-                text_sha256="",
-            )
-            if number == 0:
-                self._check_room()
-            if time.monotonic() - self.saved_at > JOURNAL_SECONDS:
-                self._save_journal()
-            self.turn.notify_all()
+    def hand_in(self, number: int, text: NDArray[np.uint8], ids: NDArray[Any], written: Callable[[], None]) -> None:
+        """`append` chunk `number` when its turn comes, and call `written` then.
 
-    def stop_waiting(self) -> None:
-        """Let the threads that wait for their turn give up."""
-        with self.turn:
-            self.failed = True
-            self.turn.notify_all()
+        Nobody waits: where an earlier chunk is missing, or another thread is at one, that thread will do this one, too.
+        """
+        with self.lock:
+            self.handed_in[number] = text, ids, written
+            if self.busy:
+                return
+            self.busy = True
+        while True:
+            with self.lock:
+                if self.done.num_chunks not in self.handed_in:
+                    self.busy = False
+                    return
+                text, ids, written = self.handed_in.pop(self.done.num_chunks)
+            self.append(text, ids)
+            written()
+
+    def append(self, text: NDArray[np.uint8], ids: NDArray[Any]) -> None:
+        """Add the ids of the next chunk, whose bytes are `text`."""
+        done = self.done
+        self._write(ids.data.cast("B"), HEADER_BYTES + done.num_tokens * self.dtype.itemsize)
+        self.text_hash.update(text.data)
+        separators = np.flatnonzero(ids == self.separator_id) if self.separator_id >= 0 else ids[:0]
+        tail = ids[separators[-1] + 1 :] if len(separators) else ids
+        has_text = self._is_visible(tail[:64]) or self._is_visible(np.unique(tail[64:]))
+        self.done = Done(
+            num_chunks=done.num_chunks + 1,
+            num_bytes=done.num_bytes + len(text),
+            num_tokens=done.num_tokens + len(ids),
+            num_documents=done.num_documents + len(separators),
+            in_document=has_text or (done.in_document and not len(separators)),
+            max_id=max(done.max_id, int(ids.max(initial=0)) if len(ids) else -1),
+            text_sha256="",
+        )
+        if done.num_chunks == 0:
+            self._check_room()
+        if time.monotonic() - self.saved_at > JOURNAL_SECONDS:
+            self._save_journal()
 
     def finish(self) -> dict[str, Any]:
         """Put the part file under its final name; the record of the ids."""
