@@ -587,9 +587,8 @@ class SharedCache:
         self._kernels, self._max_words = kernels, max_words
         self._lock = threading.Lock()
         self.num_users = 1
-        self.cache = self.empty(first_words)
-        self.own_words = self.cache.slots[:0]  # that are never forgotten
-        self._copy_own_words()  # loads its kernel now, not amid the text
+        self.own_words = np.empty(0, np.uint64)  # slots that are never forgotten
+        self.cache = self._with_own_words(self.empty(first_words))  # loads the kernel now, not amid the text
 
     def empty(self, words: int) -> Any:
         """A cache with nothing in it."""
@@ -613,8 +612,7 @@ class SharedCache:
                 if self.num_users == 1:
                     self.forget()
                 else:
-                    self.cache = self.empty(len(slots))
-                    self._copy_own_words()
+                    self.cache = self._with_own_words(self.empty(len(slots)))
                 return
             self._kernels.rebuild(slots, larger.slots, larger.shift)
             # After the slots: what these refer to has been written.
@@ -626,12 +624,12 @@ class SharedCache:
     def forget(self) -> None:
         """Leave nothing in the cache but its own words; no other thread may be using it."""
         self.cache.slots[:] = 0
-        self._copy_own_words()
+        self._with_own_words(self.cache)
 
-    def _copy_own_words(self) -> None:
-        slots, _, used, shift = self.cache
-        self._kernels.rebuild(self.own_words, slots, shift)
-        used[:] = len(self.own_words) // self._kernels.SLOT, 0
+    def _with_own_words(self, cache: Any) -> Any:
+        self._kernels.rebuild(self.own_words, cache.slots, cache.shift)
+        cache.used[:] = len(self.own_words) // self._kernels.SLOT, 0
+        return cache
 
 
 def _zeroed_words(count: int) -> NDArray[np.uint64]:
