@@ -276,6 +276,14 @@ class Done:
     text_sha256: str = hashlib.sha256().hexdigest()
 
 
+class Contents(NamedTuple):
+    """What the ids of a chunk are."""
+
+    num_separators: int
+    text_at_end: bool  # more than white space after the last separator
+    max_id: int
+
+
 class TokenWriter:
     """Appends the ids of chunks to the part file of `output`, in the order of their numbers.
 
@@ -300,7 +308,7 @@ class TokenWriter:
         self.separator_id = tokenizer.special_ids.get(SEPARATOR, -1)
         self.vocab = tokenizer.vocab
         self.lock = threading.Lock()
-        self.handed_in: dict[int, tuple[NDArray[np.uint8], NDArray[Any], Callable[[], None]]] = {}
+        self.handed_in: dict[int, tuple[NDArray[np.uint8], NDArray[Any], Contents, Callable[[], None]]] = {}
         self.busy = False  # a thread appends what has been handed in
         self.start_over()
 
@@ -361,8 +369,9 @@ class TokenWriter:
 
         Nobody waits: where an earlier chunk is missing, or another thread is at one, that thread will do this one, too.
         """
+        contents = self._contents(ids)
         with self.lock:
-            self.handed_in[number] = text, ids, written
+            self.handed_in[number] = text, ids, contents, written
             if self.busy:
                 return
             self.busy = True
@@ -371,25 +380,25 @@ class TokenWriter:
                 if self.done.num_chunks not in self.handed_in:
                     self.busy = False
                     return
-                text, ids, written = self.handed_in.pop(self.done.num_chunks)
-            self.append(text, ids)
+                text, ids, contents, written = self.handed_in.pop(self.done.num_chunks)
+            self._append(text, ids, contents)
             written()
 
     def append(self, text: NDArray[np.uint8], ids: NDArray[Any]) -> None:
         """Add the ids of the next chunk, whose bytes are `text`."""
+        self._append(text, ids, self._contents(ids))
+
+    def _append(self, text: NDArray[np.uint8], ids: NDArray[Any], contents: Contents) -> None:
         done = self.done
         self._write(ids.data.cast("B"), HEADER_BYTES + done.num_tokens * self.dtype.itemsize)
         self.text_hash.update(text.data)
-        separators = np.flatnonzero(ids == self.separator_id) if self.separator_id >= 0 else ids[:0]
-        tail = ids[separators[-1] + 1 :] if len(separators) else ids
-        has_text = self._is_visible(tail[:64]) or self._is_visible(np.unique(tail[64:]))
         self.done = Done(
             num_chunks=done.num_chunks + 1,
             num_bytes=done.num_bytes + len(text),
             num_tokens=done.num_tokens + len(ids),
-            num_documents=done.num_documents + len(separators),
-            in_document=has_text or (done.in_document and not len(separators)),
-            max_id=max(done.max_id, int(ids.max(initial=0)) if len(ids) else -1),
+            num_documents=done.num_documents + contents.num_separators,
+            in_document=contents.text_at_end or (done.in_document and contents.num_separators == 0),
+            max_id=max(done.max_id, contents.max_id),
             text_sha256="",
         )
         if done.num_chunks == 0:
@@ -422,6 +431,15 @@ class TokenWriter:
         while data:
             written = os.pwrite(self.file, data, position)
             data, position = data[written:], position + written
+
+    def _contents(self, ids: NDArray[Any]) -> Contents:
+        separators = np.flatnonzero(ids == self.separator_id) if self.separator_id >= 0 else ids[:0]
+        tail = ids[separators[-1] + 1 :] if len(separators) else ids
+        return Contents(
+            num_separators=len(separators),
+            text_at_end=self._is_visible(tail[:64]) or self._is_visible(np.unique(tail[64:])),
+            max_id=int(ids.max(initial=0)) if len(ids) else -1,
+        )
 
     def _is_visible(self, ids: NDArray[Any]) -> bool:
         """Whether one of the tokens is more than white space."""
