@@ -41,7 +41,7 @@ def usage() -> str:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Without the search for cycles, which goes through all that the libraries make many times, and finds nothing."""
+    """Without the search for cycles, which would go through all that the libraries make again and again."""
     gc.disable()
     try:
         yield

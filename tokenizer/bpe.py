@@ -464,7 +464,7 @@ PADDING_BYTES = bytes(64)
 
 
 class BytesEncoder:
-    """UTF-8 bytes to ids by the kernels, with a cache of pre-tokens. For one thread; `copy` makes one for another.
+    """UTF-8 bytes to ids by the kernels, with a cache of pre-tokens. For one thread; others work with copies of it.
 
     Args:
         tokenizer: whose ids.
@@ -520,11 +520,11 @@ class BytesEncoder:
         self._tables = self._words_of(self._kernels.Tables(*parts))
 
     def copy(self) -> "BytesEncoder":
-        """One for another thread: the same tables and cache."""
+        """One for another thread, made before this one begins: the same tables and cache."""
+        self._shared.num_users += 1
         other = copy.copy(self)
         other._work = self._empty_work(self._kernels.PIECE)
         other._set_tables()
-        self._shared.num_users += 1
         return other
 
     def _empty_work(self, longest: int) -> Any:

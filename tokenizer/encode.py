@@ -147,7 +147,8 @@ def _encode_chunks(
 ) -> None:
     """Encode the chunks of `reader` into `writer` in threads. An error stops all; the first in the text is raised."""
     errors: list[tuple[int, BaseException]] = []
-    encoder = BytesEncoder(tokenizer)
+    first = BytesEncoder(tokenizer)
+    encoders = [first, *(first.copy() for _ in range(num_threads - 1))]
     # Room for a text and its ids: one for each thread, and some for chunks that wait for their turn to be written.
     rooms: SimpleQueue[tuple[NDArray[np.uint8], NDArray[Any]] | None] = SimpleQueue()
     for _ in range(num_threads + 2):
@@ -179,8 +180,7 @@ def _encode_chunks(
         progress_bar("encoding", reader.num_bytes, "bytes", progress) as show,
     ):
         try:
-            futures = [pool.submit(work, encoder)]
-            futures += [pool.submit(work, encoder.copy()) for _ in range(num_threads - 1)]
+            futures = [pool.submit(work, encoder) for encoder in encoders]
             while wait(futures, timeout=FLUSH_SECONDS).not_done:
                 os.fsync(writer.file)  # the device writes while the threads encode, and has little left at the end
                 show(writer.done.num_bytes)
