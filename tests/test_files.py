@@ -42,6 +42,16 @@ def test_byte_symbols_are_gpt2s(fixtures: Path) -> None:
         assert files.from_symbols(files.to_symbols(token)) == token
 
 
+def test_a_character_that_is_no_symbol_is_named() -> None:
+    symbols = {symbol: byte for byte, symbol in files.byte_symbols().items()}
+    for symbol in map(chr, [*range(0x200), 0x4E2D, 0x1F600]):
+        if symbol in symbols:
+            assert files.from_symbols(f"a{symbol}") == bytes([ord("a"), symbols[symbol]])
+        else:
+            with pytest.raises(ValueError, match=rf"U\+{ord(symbol):04X}\) in .* stands for no byte"):
+                files.from_symbols(f"ĠaĀ{symbol}!")
+
+
 def test_every_format_round_trips(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
     assert same(Tokenizer.from_directory(folder), tokenizer)
     assert same(Tokenizer.from_files(folder / "vocab.json", folder / "merges.txt", tokenizer.special_tokens), tokenizer)

@@ -1,6 +1,7 @@
 """`python -m tokenizer`: train a tokenizer, encode and decode files, and look at what a tokenizer does."""
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -248,4 +249,5 @@ def export(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(100_000)  # from 700: vocabularies and Numba are a million objects, none of them garbage
     sys.exit(main())

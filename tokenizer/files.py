@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 Vocab = dict[int, bytes]
 Merges = list[tuple[bytes, bytes]]
@@ -76,8 +76,9 @@ def byte_symbols() -> dict[int, str]:
 
 
 @functools.cache
-def _symbol_bytes() -> dict[str, int]:
-    return {symbol: byte for byte, symbol in byte_symbols().items()}
+def _symbol_bytes() -> dict[int, int]:
+    """The inverse of `byte_symbols`; what is below 256 and no symbol has a value that is no byte."""
+    return {byte: 256 for byte in range(256)} | {ord(symbol): byte for byte, symbol in byte_symbols().items()}
 
 
 def to_symbols(token: bytes) -> str:
@@ -86,8 +87,7 @@ def to_symbols(token: bytes) -> str:
     >>> to_symbols(b" caf\\xc3\\xa9")
     'ĠcafÃ©'
     """
-    symbols = byte_symbols()
-    return "".join(symbols[byte] for byte in token)
+    return token.decode("latin-1").translate(byte_symbols())
 
 
 def from_symbols(text: str) -> bytes:
@@ -96,13 +96,13 @@ def from_symbols(text: str) -> bytes:
     Raises:
         ValueError: `text` is empty or has a character that stands for no byte.
     """
-    table = _symbol_bytes()
     if not text:
         raise ValueError("a token is empty")
-    for symbol in text:
-        if symbol not in table:
-            raise ValueError(f"{symbol!r} (U+{ord(symbol):04X}) in {text!r} stands for no byte")
-    return bytes(table[symbol] for symbol in text)
+    try:
+        return text.translate(_symbol_bytes()).encode("latin-1")
+    except UnicodeEncodeError as error:
+        symbol = text[error.start]
+        raise ValueError(f"{symbol!r} (U+{ord(symbol):04X}) in {text!r} stands for no byte") from None
 
 
 def read_gpt2(
@@ -120,16 +120,17 @@ def read_gpt2(
         FileNotFoundError: a file is missing.
     """
     vocab = _parse_vocab(vocab_path, _read_json(vocab_path), special_tokens)
+    where = os.fspath(merges_path) + ": line {}"
     pairs = []
     for number, line in enumerate(_read_text(merges_path).split("\n"), start=1):
         if not line.strip("\r") or (number == 1 and line.startswith("#version")):
             continue
-        where = f"{os.fspath(merges_path)}: line {number}"
         parts = line.rstrip("\r").split(" ")
         if len(parts) != 2:
-            raise ValueError(f"{where}: expected two tokens with one space between, found {_shorten(line)}")
-        pairs.append((where, parts[0], parts[1]))
-    return vocab, _parse_merges(pairs, vocab)
+            found = f"expected two tokens with one space between, found {_shorten(line)}"
+            raise ValueError(f"{where.format(number)}: {found}")
+        pairs.append((number, parts[0], parts[1]))
+    return vocab, _parse_merges(pairs, vocab, where)
 
 
 def write_gpt2(folder: str | os.PathLike[str], vocab: Vocab, merges: Merges, special_tokens: Sequence[str]) -> None:
@@ -140,10 +141,11 @@ def write_gpt2(folder: str | os.PathLike[str], vocab: Vocab, merges: Merges, spe
     """
     spellings = spell_vocab(vocab, special_tokens)
     with atomic_write(Path(folder) / "vocab.json", "w") as file:
-        json.dump(spellings, file, ensure_ascii=False, indent=0)
+        file.write(json.dumps(spellings, ensure_ascii=False, separators=(",\n", ": ")))
+    spell = functools.cache(to_symbols)  # for as long as this call
     with atomic_write(Path(folder) / "merges.txt", "w") as file:
         file.write("#version: 0.2\n")
-        file.writelines(f"{to_symbols(left)} {to_symbols(right)}\n" for left, right in merges)
+        file.writelines(f"{spell(left)} {spell(right)}\n" for left, right in merges)
 
 
 def read_hf(path: str | os.PathLike[str]) -> tuple[Vocab, Merges, list[str]]:
@@ -177,14 +179,14 @@ def read_hf(path: str | os.PathLike[str]) -> tuple[Vocab, Merges, list[str]]:
     ordered = sorted(special_tokens, key=special_tokens.__getitem__)
     vocab = _parse_vocab(path, spellings, ordered)
 
+    where = os.fspath(path) + ": model.merges[{}]"
     pairs = []
     for index, merge in enumerate(_expect(path, "model.merges", model.get("merges"), list)):
-        where = f"{os.fspath(path)}: model.merges[{index}]"
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"{where}: expected two tokens, found {_shorten(merge)}")
-        pairs.append((where, parts[0], parts[1]))
-    return vocab, _parse_merges(pairs, vocab), ordered
+            raise ValueError(f"{where.format(index)}: expected two tokens, found {_shorten(merge)}")
+        pairs.append((index, parts[0], parts[1]))
+    return vocab, _parse_merges(pairs, vocab, where), ordered
 
 
 def write_hf(path: str | os.PathLike[str], vocab: Vocab, merges: Merges, special_tokens: Sequence[str]) -> None:
@@ -194,6 +196,7 @@ def write_hf(path: str | os.PathLike[str], vocab: Vocab, merges: Merges, special
         ValueError: two tokens would be written alike.
     """
     spellings = spell_vocab(vocab, special_tokens)
+    spell = functools.cache(to_symbols)  # for as long as this call
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     data = {
@@ -218,11 +221,11 @@ def write_hf(path: str | os.PathLike[str], vocab: Vocab, merges: Merges, special
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": spellings,
-            "merges": [[to_symbols(left), to_symbols(right)] for left, right in merges],
+            "merges": [[spell(left), spell(right)] for left, right in merges],
         },
     }
     with atomic_write(path, "w") as file:
-        json.dump(data, file, ensure_ascii=False, indent=1)
+        file.write(json.dumps(data, ensure_ascii=False))  # indented, or written piece by piece: ten times as long
 
 
 def read_tiktoken(path: str | os.PathLike[str], special_tokens: Sequence[str] = ()) -> tuple[Vocab, Merges]:
@@ -376,39 +379,54 @@ def _refuse_foreign(path: str, data: dict[str, Any], model: dict[str, Any]) -> N
 def _parse_vocab(path: str | os.PathLike[str], spellings: dict[str, Any], special_tokens: Sequence[str]) -> Vocab:
     vocab: Vocab = {}
     special = set(special_tokens)
+
+    def refuse(spelling: str, cause: str) -> NoReturn:
+        raise ValueError(f"{os.fspath(path)}: entry {_shorten(spelling)}: {cause}") from None
+
     for spelling, token_id in spellings.items():
-        where = f"{os.fspath(path)}: entry {_shorten(spelling)}"
         if not _is_id(token_id):
-            raise ValueError(f"{where}: expected an id >= 0, found {_shorten(token_id)}")
+            refuse(spelling, f"expected an id >= 0, found {_shorten(token_id)}")
         if token_id in vocab:
-            raise ValueError(f"{where}: id {token_id} is already the id of {vocab[token_id]!r}")
+            refuse(spelling, f"id {token_id} is already the id of {vocab[token_id]!r}")
         try:
             vocab[token_id] = spelling.encode() if spelling in special else from_symbols(spelling)
         except ValueError as error:
             hint = "" if special else "; if it is a special token, give it in special_tokens"
-            raise ValueError(f"{where}: {error}{hint}") from None
+            refuse(spelling, f"{error}{hint}")
     _require_every_id(os.fspath(path), vocab)
     _require_bytes(os.fspath(path), vocab.values())
     return vocab
 
 
-def _parse_merges(pairs: list[tuple[str, str, str]], vocab: Vocab) -> Merges:
-    known = set(vocab.values())
-    seen = set()
-    merges = []
-    for where, left_symbols, right_symbols in pairs:
+def _parse_merges(pairs: list[tuple[int, str, str]], vocab: Vocab, where: str) -> Merges:
+    """The merges spelt in `pairs`, whose numbers take the place of {} in `where`, which says where each stands."""
+    known = {token: token for token in vocab.values()}
+    spelled: dict[str, bytes] = {}
+    merges: dict[tuple[bytes, bytes], None] = {}
+
+    def refuse(number: int, cause: str) -> NoReturn:
+        raise ValueError(f"{where.format(number)}: {cause}") from None
+
+    def read(number: int, spelling: str) -> bytes:
+        """The token, the same object as in `vocab`."""
         try:
-            left, right = from_symbols(left_symbols), from_symbols(right_symbols)
+            token = known[from_symbols(spelling)]
+        except KeyError:
+            refuse(number, f"token {_shorten(spelling)} is not in the vocabulary")
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        for token, name in ((left, left_symbols), (right, right_symbols), (left + right, left_symbols + right_symbols)):
-            if token not in known:
-                raise ValueError(f"{where}: token {_shorten(name)} is not in the vocabulary")
-        if (left, right) in seen:
-            raise ValueError(f"{where}: the merge {left_symbols!r} {right_symbols!r} is repeated")
-        seen.add((left, right))
-        merges.append((left, right))
-    return merges
+            refuse(number, str(error))
+        spelled[spelling] = token
+        return token
+
+    for number, left_symbols, right_symbols in pairs:
+        left = spelled.get(left_symbols) or read(number, left_symbols)
+        right = spelled.get(right_symbols) or read(number, right_symbols)
+        if left + right not in known:
+            refuse(number, f"token {_shorten(left_symbols + right_symbols)} is not in the vocabulary")
+        if (left, right) in merges:
+            refuse(number, f"the merge {left_symbols!r} {right_symbols!r} is repeated")
+        merges[left, right] = None
+    return list(merges)
 
 
 def _require_every_id(path: str, vocab: Vocab) -> None:
