@@ -74,6 +74,9 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if sys.platform == "win32":
+        print("error: lm runs on Linux and macOS: on Windows, install and run it inside WSL2", file=sys.stderr)
+        return 2
     command = argv[0]
     if command in TRAINING:
         before = signal.getsignal(signal.SIGINT)

@@ -19,6 +19,7 @@ from lm.checkpoint import best_checkpoint
 from lm.cli import default_run_name
 from lm.options import explain, is_first_rank
 from lm.ranks import num_devices
+from tokenizer.__main__ import main as tokenizer_main
 
 Run = Callable[..., int]
 RUN = Path("logs/toy/version_0")
@@ -62,6 +63,24 @@ def test_help_lists_every_command_and_needs_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0
     for name in ("fit", "validate", "generate", "serve", "prepare", "account", "bench", "sweep", "report", "export"):
         assert f"\n  {name} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("main", "words"), [(__main__.main, ["fit"]), (tokenizer_main, ["decode", "--tokenizer", "x", "1"])]
+)
+def test_windows_is_told_where_it_runs(
+    main: Callable[[list[str]], int],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    code = main(words)
+    monkeypatch.undo()
+    assert code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and "WSL2" in err
 
 
 def test_every_tool_that_is_listed_is_there() -> None:

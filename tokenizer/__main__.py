@@ -18,6 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: 0 done, 2 bad input (one line on stderr says which), 130 interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
     options = build_parser(argv).parse_args(argv)
+    if sys.platform == "win32":
+        print("error: tokenizer runs on Linux and macOS: on Windows, install and run it inside WSL2", file=sys.stderr)
+        return 2
     try:
         options.run(options)
         sys.stdout.flush()
