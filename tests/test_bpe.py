@@ -1,6 +1,7 @@
 """`Tokenizer`: both paths against the textbook, tiktoken and HF tokenizers; streams, decoding, special tokens."""
 
 import functools
+import gc
 import itertools
 import pickle
 import random
@@ -10,6 +11,7 @@ import sys
 import threading
 import tracemalloc
 import unicodedata
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from timing import ALMOST_LINEAR, slope_of
 from tokenizer import Tokenizer, bpe, reference
 from tokenizer.bpe import BytesEncoder, merge_pretoken
 from tokenizer.kernels import lists, strings
-from tokenizer.pretokenize import PATTERN
+from tokenizer.pretokenize import PATTERN, unicode_classes
 
 END = "<|endoftext|>"
 SPECIALS = [END, "<|a|>", "<|a|><|a|>", "[x y]", "\n\n#"]
@@ -136,6 +138,29 @@ class TestEncode:
     def test_text_larger_than_the_scratch_space(self, compiled: Tokenizer, small: Tokenizer) -> None:
         text = CORPUS * (2 * bpe.CompiledTokenizer.SCRATCH // len(CORPUS))
         assert compiled.encode(text) == small.encode_without_loading(text)
+
+    @settings(max_examples=200, deadline=None)
+    @given(text=texts(), size=st.integers(1, 40))
+    def test_text_too_long_for_the_kernels_is_cut(
+        self, small: Tokenizer, compiled: Tokenizer, text: str, size: int
+    ) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bpe, "MAX_PIECE", size)
+            assert compiled.encode(text) == small.encode(text)
+
+    def test_more_than_4_gib_without_a_place_to_cut_are_refused(self, compiled: Tokenizer) -> None:
+        twin = Tokenizer(compiled.vocab, compiled.merges)
+        twin.compile()
+        twin._compiled._utf8 = lambda text: (np.zeros(64, np.uint8), 1 << 32)  # type: ignore[union-attr,method-assign]
+        with pytest.raises(ValueError, match="more than 4 GiB"):
+            twin.encode("a")
+
+    @pytest.mark.parametrize("text", ["low lower " * 200, "über " * 400, "中文 " * 500])
+    def test_what_is_not_quite_a_str(self, small: Tokenizer, compiled: Tokenizer, text: str) -> None:
+        class Text(str):
+            pass
+
+        assert compiled.encode(Text(text)) == compiled.encode(np.str_(text)) == small.encode(text)
 
     def test_long_texts_load_the_kernels(self, small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
         tokenizer = Tokenizer(small.vocab, small.merges, SPECIALS)
@@ -534,6 +559,44 @@ class TestCache:
             with ThreadPoolExecutor(num_threads) as pool:
                 assert all(pool.map(work, range(num_threads)))
 
+    def test_the_kernels_get_no_address_of_what_has_been_freed(
+        self, small: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Threads that ask for the classes of characters at once each get an array; one of them stays in the cache."""
+        classes, made = unicode_classes(), []
+
+        def another() -> Any:
+            array = classes.copy()
+            made.append((array.ctypes.data, weakref.ref(array)))
+            return array
+
+        monkeypatch.setattr("tokenizer.pretokenize.unicode_classes", another)
+        encoder = BytesEncoder(small)
+        encoders = [encoder, encoder.copy()]
+        gc.collect()
+        alive = {address for address, array in made if array() is not None}
+        assert {int(encoder._tables[0]) for encoder in encoders} <= alive
+
+    def test_an_interrupt_amid_a_change_leaves_the_tables_whole(
+        self, small: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = b"ab" * 40_000 + b" low"
+        padded = np.frombuffer(text + bytes(64), np.uint8)
+        starts, ids = np.empty(len(text) + 64, np.uint32), np.empty(len(text) + 3, np.uint16)
+        encoder = BytesEncoder(small)
+
+        def interrupted(*tables: Any) -> Any:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(encoder, "_words_of", interrupted)
+            encoder.encode(padded, len(text), starts, ids)
+        parts = encoder._classes, encoder._special_tokens, encoder._special_ids, encoder._rules
+        tables = encoder._kernels.Tables(*parts, encoder._cache, encoder._work)
+        assert encoder._words_of(tables).tolist() == encoder._tables.tolist()
+        count = encoder.encode(padded, len(text), starts, ids)
+        assert ids[:count].tolist() == small.encode_without_loading(text.decode())
+
     def test_a_word_of_memory_is_claimed_by_one_thread(self) -> None:
         from numba import njit
 
@@ -574,6 +637,8 @@ class TestConstruction:
             Tokenizer({**small.vocab, 1000: b"A"}, [])
         with pytest.raises(ValueError, match="-1"):
             Tokenizer({**small.vocab, -1: b"far"}, [])
+        with pytest.raises(ValueError, match="below 2097152"):
+            Tokenizer({**small.vocab, 1 << 21: b"far"}, [])
 
     def test_pickles(self, compiled: Tokenizer) -> None:
         copied = pickle.loads(pickle.dumps(compiled))

@@ -28,6 +28,8 @@ COMPILE_AFTER = 1 << 18  # characters encoded or ids decoded; loading the kernel
 MAX_PLAIN_CACHE = 4096  # pre-tokens, under 1 MB
 MAX_KEPT_WORK = 1 << 18  # bytes of a pre-token for which scratch space is kept
 STREAM_CHARACTERS = 1 << 12  # what encode_iterable gathers before it encodes
+MAX_IDS = 1 << 21  # two ids and a rank are one word of the kernels' table of merges
+MAX_PIECE = 1 << 26  # characters that the kernels get at once: they count the bytes of a text in 32 bits
 
 
 PRETOKENS = regex.compile(pretokenize.PATTERN)
@@ -75,6 +77,8 @@ class Tokenizer:
         self._index_tokens()
         self._index_merges()
         self.vocab_size = max(self.vocab) + 1
+        if self.vocab_size > MAX_IDS:
+            raise ValueError(f"vocab has id {self.vocab_size - 1}: ids must be below {MAX_IDS}")
         self._special_pattern = pretokenize.special_token_pattern(self.special_tokens)
         self._plain_cache: dict[str, tuple[int, ...]] = {}
         self._compiled: CompiledTokenizer | None = None
@@ -206,8 +210,7 @@ class Tokenizer:
             if self._work_done < COMPILE_AFTER:
                 return self._encode_plain(text)
             self.compile()
-        assert self._compiled is not None
-        return self._compiled.encode(text)
+        return self._encode_compiled(text)
 
     def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
         """The token ids of the pieces of `iterable` joined, one by one, wherever the pieces were cut.
@@ -288,7 +291,21 @@ class Tokenizer:
 
     def encode_without_loading(self, text: str) -> list[int]:
         """`encode`, which never loads the kernels."""
-        return self._encode_plain(text) if self._compiled is None else self._compiled.encode(text)
+        return self._encode_plain(text) if self._compiled is None else self._encode_compiled(text)
+
+    def _encode_compiled(self, text: str) -> list[int]:
+        assert self._compiled is not None
+        if len(text) <= MAX_PIECE:
+            return self._compiled.encode(text)
+        ids: list[int] = []
+        position, size = 0, MAX_PIECE
+        while position + size < len(text):
+            settled = self._settled(text[position : position + size])
+            ids += self._compiled.encode(text[position : position + settled])
+            position += settled
+            size = MAX_PIECE if settled else 2 * size
+        ids += self._compiled.encode(text[position:])
+        return ids
 
     def _settled(self, text: str) -> int:
         """How many characters of `text` have ids that no continuation of it can change."""
@@ -416,6 +433,8 @@ class CompiledTokenizer:
         """The token ids of `text`."""
         with self._lock:
             buffer, size = self._utf8(text)
+            if size >= 1 << 32:
+                raise ValueError(f"text has a pre-token or special tokens of {size} bytes in a row, more than 4 GiB")
             starts, ids = self._starts, self._ids
             if size > self.SCRATCH:
                 starts, ids = np.empty(size + 64, np.uint32), np.empty(size + 3, self._dtype)
@@ -424,7 +443,8 @@ class CompiledTokenizer:
 
     def _utf8(self, text: str) -> tuple[NDArray[np.uint8], int]:
         """`text` as UTF-8, and its size; 64 bytes after it are readable. Good until the next call."""
-        if len(text) > self.SHORT and self._strings.KNOWN and self._strings.max_bytes(text) <= self.SCRATCH:
+        compact = type(text) is str and self._strings.KNOWN  # a subclass's characters lie elsewhere
+        if compact and len(text) > self.SHORT and self._strings.max_bytes(text) <= self.SCRATCH:
             size = self._strings.to_utf8(text, self._room)
             if size >= 0:
                 return self._text, size
@@ -481,8 +501,6 @@ class BytesEncoder:
         from tokenizer.kernels.machine import words_of
 
         self._kernels, self._words_of = kernels, words_of
-        if tokenizer.vocab_size > kernels.MAX_IDS:
-            raise ValueError(f"vocab has id {tokenizer.vocab_size - 1}: the kernels take ids below {kernels.MAX_IDS}")
         ids = tokenizer._ids
         lefts, rights, products = np.array(tokenizer._merge_ids, np.uint32).reshape(-1, 3).T.copy()
         first_product = int(products[0]) if len(products) else 0
@@ -496,11 +514,12 @@ class BytesEncoder:
             byte_pairs=np.empty(1 << 16, np.uint32),
         )
         kernels.fill_rules(lefts, rights, self._rules)
-        self._work = self._empty_work(self._kernels.PIECE)
+        work = self._empty_work(self._kernels.PIECE)
+        self._classes = pretokenize.unicode_classes()
         self._special_tokens = pretokenize.special_token_arrays(tokenizer.special_tokens)
         self._special_ids = np.array([tokenizer.special_ids[token] for token in tokenizer.special_tokens], np.uint32)
         self._shared = SharedCache(kernels, kernels.SLOT * first_slots, kernels.SLOT * max_slots)
-        self._set_tables()
+        self._set_tables(work)
 
     def learn_vocabulary(self, tokenizer: Tokenizer) -> None:
         """Fill a quarter of the empty cache with pre-tokens that are tokens, for good: those with the lowest ids."""
@@ -516,19 +535,19 @@ class BytesEncoder:
         self._shared.own_words = own.reshape(-1)
         self._shared.forget()
 
-    def _set_tables(self) -> None:
-        """Say to the kernel where its tables are: after each change of the cache or of the scratch space."""
-        classes = pretokenize.unicode_classes()
-        self._cache = self._shared.cache
-        parts = classes, self._special_tokens, self._special_ids, self._rules, self._cache, self._work
-        self._tables = self._words_of(self._kernels.Tables(*parts))
+    def _set_tables(self, work: Any) -> None:
+        """Say to the kernel where its tables are: after each change of the cache or of the scratch space (`work`)."""
+        cache = self._shared.cache
+        parts = self._classes, self._special_tokens, self._special_ids, self._rules, cache, work
+        tables = self._words_of(self._kernels.Tables(*parts))
+        # Last: Ctrl-C must not leave addresses of what has been freed. What `parts` holds, this object keeps alive.
+        self._cache, self._work, self._tables = cache, work, tables
 
     def copy(self) -> "BytesEncoder":
         """One for another thread, made before this one begins: the same tables and cache."""
         self._shared.num_users += 1
         other = copy.copy(self)
-        other._work = self._empty_work(self._kernels.PIECE)
-        other._set_tables()
+        other._set_tables(self._empty_work(self._kernels.PIECE))
         return other
 
     def _empty_work(self, longest: int) -> Any:
@@ -562,19 +581,18 @@ class BytesEncoder:
             text = text.view()
             text.flags.writeable = False
         if self._cache is not self._shared.cache:
-            self._set_tables()
+            self._set_tables(self._work)
         position, count = self._kernels.encode_text(text, 0, size, self._tables, starts, ids)
         while position < size:
             if self._work.needed[0] > len(self._work.ids):
-                self._work = self._empty_work(int(self._work.needed[0]))
+                self._set_tables(self._empty_work(int(self._work.needed[0])))
             else:
                 self._shared.make_room(self._cache)
-            self._set_tables()
+                self._set_tables(self._work)
             position, added = self._kernels.encode_text(text, position, size, self._tables, starts, ids[count:])
             count += added
         if len(self._work.ids) > MAX_KEPT_WORK:
-            self._work = self._empty_work(self._kernels.PIECE)
-            self._set_tables()
+            self._set_tables(self._empty_work(self._kernels.PIECE))
         return count
 
 

@@ -37,10 +37,9 @@ Word = np.uint64
 LOW_HALF = Word(0xFFFFFFFF)
 HALF = Word(32)
 NO_MERGE = np.uint32(0xFFFFFFFF)  # greater than any rank
-RANK_BITS = Word(22)  # of a word in `Rules.pairs`; the other 42 are for two ids
+RANK_BITS = Word(22)  # of a word in `Rules.pairs`; the other 42 are for two ids, below `tokenizer.bpe.MAX_IDS`
 RANK_MASK = (ONE << RANK_BITS) - ONE
 ID_BITS = Word(21)
-MAX_IDS = 1 << 21
 
 SLOT = 4  # words per slot
 BUCKET = 8  # words of `Rules.pairs` compared together: a line of the processor's cache
