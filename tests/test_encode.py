@@ -326,6 +326,53 @@ class TestInterruption:
         encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy", errors=errors)
         assert read_ids(tmp_path / "x.npy") == tokenizer.encode(text)
 
+    def test_goes_on_with_nothing_that_another_job_wrote(
+        self, tokenizer: Tokenizer, tmp_path: Path, tiny_chunks: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The other one is killed before it has a journal, and what it wrote is as long."""
+        text = random_text(7, 500)
+        (tmp_path / "x.txt").write_bytes(text.encode())
+        self.interrupt(monkeypatch, 10, RuntimeError("stop"), tokenizer, tmp_path)
+        other = Tokenizer(tokenizer.vocab, [], SPECIALS)
+        with monkeypatch.context() as patch:
+            patch.setattr(encode.TokenWriter, "_save_journal", lambda self: None)
+            self.interrupt(monkeypatch, 20, RuntimeError("killed"), other, tmp_path)
+        encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy")
+        assert read_ids(tmp_path / "x.npy") == tokenizer.encode(text)
+
+    def test_an_interrupt_while_reading_over_what_is_done_loses_nothing(
+        self, tokenizer: Tokenizer, tmp_path: Path, tiny_chunks: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "x.txt").write_bytes(random_text(7, 500).encode())
+        self.interrupt(monkeypatch, 10, RuntimeError("stop"), tokenizer, tmp_path)
+        journal = (tmp_path / ".x.npy.journal").read_bytes()
+
+        def interrupted(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(encode.ChunkReader, "_checked", interrupted)
+            encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy")
+        assert (tmp_path / ".x.npy.journal").read_bytes() == journal
+
+    def test_a_part_file_that_got_its_final_name_is_not_written_to(
+        self, tokenizer: Tokenizer, tmp_path: Path, tiny_chunks: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another process ends between this one's opening of the part file and its lock."""
+        (tmp_path / "x.txt").write_bytes(random_text(7, 500).encode())
+        real, part = encode.fcntl.flock, tmp_path / ".x.npy.part"
+        part.write_bytes(b"whole")
+
+        def flock(file: int, kind: int) -> None:
+            if part.exists() and part.read_bytes() == b"whole":
+                part.rename(tmp_path / "theirs.npy")
+            real(file, kind)
+
+        monkeypatch.setattr(encode.fcntl, "flock", flock)
+        encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy")
+        assert (tmp_path / "theirs.npy").read_bytes() == b"whole"
+        assert len(read_ids(tmp_path / "x.npy")) > 0
+
     def test_two_writers_of_one_file(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
         import fcntl
 

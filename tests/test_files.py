@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,24 @@ def test_corrupt_merges_name_the_line(folder: Path, line: str | None, cause: str
     assert cause in str(error.value)
 
 
+def test_a_folders_name_may_have_braces(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "run{}{5}{a}"
+    tokenizer.save(folder)
+    (folder / "merges.txt").write_text("q zq\n")
+    with pytest.raises(ValueError, match=r"line 1: .* not in the vocabulary"):
+        Tokenizer.from_directory(folder)
+    rewrite_json(folder / "tokenizer.json", lambda d: d["model"].update(merges=["q zq"]))
+    with pytest.raises(ValueError, match=r"merges\[0\]: .* not in the vocabulary"):
+        files.read_hf(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("entry", ["unicode", "splits"])
+def test_meta_of_another_shape_is_refused(folder: Path, entry: str) -> None:
+    rewrite_json(folder / "meta.json", lambda d: d.update({entry: None}))
+    with pytest.raises(ValueError, match=f"entry '{entry}': expected an object, found None"):
+        files.read_meta(folder)
+
+
 @pytest.mark.parametrize(
     ("line", "cause"),
     [
@@ -233,6 +252,17 @@ def test_corrupt_tiktoken_names_the_line(tokenizer: Tokenizer, tmp_path: Path, l
         files.read_tiktoken(path, tokenizer.special_tokens)
     assert str(path) in str(error.value)
     assert cause in str(error.value)
+
+
+def test_tokenizer_json_cannot_have_a_special_token_that_merges_spell_otherwise(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """HF tokenizers looks for the merge's spelling in a vocabulary that has the special token's instead."""
+    token = next(left + right for left, right in tokenizer.merges if left == b" ")
+    again = Tokenizer(tokenizer.vocab, tokenizer.merges, [token.decode()])
+    with pytest.raises(ValueError, match="both as a special token and in a merge"):
+        again.save(tmp_path / "new")
+    assert not list((tmp_path / "new").glob("*"))
 
 
 def test_tiktoken_needs_ids_in_the_order_of_the_merges(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -295,6 +325,23 @@ class TestAtomicWrite:
             assert not (tmp_path / "a" / "x").exists()
         assert [path.name for path in (tmp_path / "a").iterdir()] == ["x"]
         assert (tmp_path / "a" / "x").read_bytes() == b"1\n"
+
+    def test_a_pipe_is_written_to(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "x")
+        with ThreadPoolExecutor(1) as pool:
+            read = pool.submit((tmp_path / "x").read_bytes)
+            with files.atomic_write(tmp_path / "x") as file:
+                file.write(b"1")
+            assert read.result() == b"1"
+        assert (tmp_path / "x").is_fifo()
+
+    def test_a_link_goes_on_leading_to_the_file(self, tmp_path: Path) -> None:
+        (tmp_path / "x").symlink_to(tmp_path / "a" / "y")
+        for content in (b"1", b"2"):
+            with files.atomic_write(tmp_path / "x") as file:
+                file.write(content)
+            assert (tmp_path / "x").is_symlink()
+            assert (tmp_path / "a" / "y").read_bytes() == content
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
     def test_an_error_leaves_the_old_file(self, tmp_path: Path, error: type[BaseException]) -> None:

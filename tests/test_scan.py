@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenizer.kernels import scan as scan_module
+from tokenizer.kernels.machine import kernel
 from tokenizer.kernels.scan import PADDING, character_start, find_invalid_utf8, find_special_token, scan
 from tokenizer.pretokenize import PATTERN, special_token_arrays, split_special_tokens, unicode_classes
 
@@ -166,6 +167,24 @@ def test_a_change_in_any_kernel_compiles_all_afresh(tmp_path: Path) -> None:
 
     assert announced()
     assert not announced()
+    for suffix in ("nbi", "nbc"):
+        for path in (tmp_path / "cache").rglob(f"*decode*.{suffix}"):
+            path.write_bytes(path.read_bytes()[:-50])
+        assert announced(), "code cut short, by a power cut say"
+        assert not announced()
     with open(tmp_path / "tokenizer/kernels/machine.py", "a") as file:
         file.write("# changed")
     assert announced()
+
+
+def test_a_kernel_needs_no_place_for_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object, function: object) -> None:
+        raise RuntimeError("cannot cache function 'f': no locator available for file 'f.py'")
+
+    monkeypatch.setattr("numba.core.caching.FunctionCache.__init__", refuse)
+
+    @kernel
+    def double(x: int) -> int:
+        return 2 * x
+
+    assert double(3) == 6

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from tokenizer import Tokenizer, reference
 from tokenizer.__main__ import main
-from tokenizer.show import colour_tokens
+from tokenizer.show import colour_tokens, print_tokens
 from tokenizer.stats import longest_tokens, overlap, text_stats, unshared
 
 END = "<|endoftext|>"
@@ -111,6 +112,12 @@ class TestBadInput:
         (tmp_path / "bad.txt").write_bytes(b"ok \xff")
         (tmp_path / "bad.json").write_text("{")
         np.save(tmp_path / "floats.npy", np.zeros(3))
+        (tmp_path / "empty.npy").touch()
+        with open(tmp_path / "several.npy", "wb") as file:
+            np.savez(file, a=np.zeros(3, np.uint16))
+        np.save(tmp_path / "torn.npy", np.zeros(3, np.uint16))
+        torn = (tmp_path / "torn.npy").read_bytes().replace(b"(3,)", b"(3,(")
+        (tmp_path / "torn.npy").write_bytes(torn)
         output = tmp_path / "x.npy"
         for arguments, cause in (
             (["encode", tmp_path / "bad.txt", "--tokenizer", folder, "--output", output], "byte 3"),
@@ -120,6 +127,11 @@ class TestBadInput:
             (["encode", text, "--tokenizer", folder, "--output", output, "--shard", "3"], "shard="),
             (["encode", text, "--tokenizer", folder, "--output", tmp_path / "x.bin"], ".npy"),
             (["decode", "999999", "--tokenizer", folder], "999999"),
+            (["encode", text, "--tokenizer", folder, "--shard", "1/2"], "needs --output"),
+            (["decode", "9" * 30, "--tokenizer", folder], "9" * 30),
+            (["decode", tmp_path / "empty.npy", "--tokenizer", folder], "empty.npy is no .npy file"),
+            (["decode", tmp_path / "several.npy", "--tokenizer", folder], "several.npy is no .npy file"),
+            (["decode", tmp_path / "torn.npy", "--tokenizer", folder], "torn.npy is no .npy file"),
             (["decode", "low", "--tokenizer", folder], "'low'"),
             (["decode", tmp_path / "floats.npy", "--tokenizer", folder], "float64"),
             (["train", text, "--vocab_size", "10", "--output", tmp_path / "t"], "vocab_size"),
@@ -136,6 +148,27 @@ class TestBadInput:
         done = run("decode", "999999", "--tokenizer", folder)
         assert done.returncode == 2
         assert done.stderr == "error: token id 999999 is not in the vocabulary (ids 0 to 279)\n"
+
+    def test_no_more_threads(
+        self, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        large = tmp_path / "large.txt"
+        large.write_bytes(text.read_bytes() * 2000)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        assert main(["train", str(large), "--vocab_size", "280", "--output", str(tmp_path / "t")]) == 2
+        assert "smaller --num_threads" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+    def test_closed_streams_are_empty_ones(self, text: Path, folder: Path, tmp_path: Path, closed: str) -> None:
+        for words in (f"encode {text} --output {tmp_path}/x.npy", "show low"):
+            command = f"{sys.executable} -m tokenizer {words} --tokenizer {folder} {closed}"
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (0, "")
+        assert sorted(path.name for path in tmp_path.glob("*.npy")) == ["x.npy"]
+        assert not list(tmp_path.glob(".x.npy*"))
 
     def test_a_tokenizer_does_not_go_into_a_dataset(self, text: Path, folder: Path, tmp_path: Path) -> None:
         assert main(["encode", str(text), "--tokenizer", str(folder), "--output", str(tmp_path / "d" / "x.npy")]) == 0
@@ -168,6 +201,9 @@ class TestLooking:
     def test_show_prints(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["show", "low [b]lower[/b] 😀", "--tokenizer", str(folder)]) == 0
         shown = capsys.readouterr().out
+        smile = Tokenizer.from_directory(folder)
+        print_tokens(Tokenizer(smile.vocab, smile.merges, [":smile:"]), ":smile:")
+        assert ":smile:" in capsys.readouterr().out
         assert shown.replace("|", "").startswith("low [b]lower[/b] ")
         assert shown.count("|") > 5
 

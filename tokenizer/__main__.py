@@ -17,6 +17,7 @@ BLOCK_IDS = 1 << 16  # decoded at a time
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: 0 done, 2 bad input (one line on stderr says which), 130 interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    open_closed_streams()
     options = build_parser(argv).parse_args(argv)
     if sys.platform == "win32":
         print("error: tokenizer runs on Linux and macOS: on Windows, install and run it inside WSL2", file=sys.stderr)
@@ -34,10 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        print("error: the system gives no more threads: pass a smaller --num_threads", file=sys.stderr)
+        return 2
     except MemoryError:
         print("error: out of memory: give it more, or less text at a time (--shard)", file=sys.stderr)
         return 2
     return 0
+
+
+def open_closed_streams() -> None:
+    """Put nothing in the place of standard streams that the caller has closed, as `<&-` and `2>&-` do."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -165,6 +178,8 @@ def train(options: argparse.Namespace) -> None:
 
 def encode(options: argparse.Namespace) -> None:
     """Write the token ids of text files as a one-dimensional .npy file of uint16 and describe it in meta.json."""
+    if options.shard is not None and options.output is None:
+        raise ValueError(f"--shard {options.shard} needs --output FILE.npy")
     tokenizer = load(options.tokenizer)
     if options.output is None:
         from tokenizer.chunks import read_text
@@ -192,6 +207,7 @@ def encode(options: argparse.Namespace) -> None:
 def decode(options: argparse.Namespace) -> None:
     """Write the text of token ids."""
     import contextlib
+    import tokenize
 
     import numpy as np
 
@@ -199,14 +215,22 @@ def decode(options: argparse.Namespace) -> None:
 
     tokenizer = load(options.tokenizer)
     if len(options.ids) == 1 and options.ids[0].endswith(".npy"):
-        ids = np.load(options.ids[0], mmap_mode="r", allow_pickle=False)
+        try:
+            ids = np.load(options.ids[0], mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
+            raise ValueError(f"{options.ids[0]} is no .npy file: {error}") from None
+        if not isinstance(ids, np.ndarray):
+            raise ValueError(f"{options.ids[0]} is no .npy file, but an archive of several")
         if ids.ndim != 1 or ids.dtype.kind != "u":
             raise ValueError(f"{options.ids[0]} has no token ids: shape {ids.shape}, dtype {ids.dtype}")
     else:
         bad = [token for token in options.ids if not token.isdecimal()]
         if bad:
             raise ValueError(f"{bad[0]!r} is neither a token id nor an .npy file")
-        ids = np.array([int(token) for token in options.ids], np.uint64)
+        try:
+            ids = np.array([int(token) for token in options.ids], np.uint64)
+        except (ValueError, OverflowError):
+            raise ValueError(f"token id {max(options.ids, key=len)} is not in the vocabulary") from None
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(atomic_write(options.output)) if options.output else sys.stdout.buffer
         for first in range(0, len(ids), BLOCK_IDS):

@@ -387,6 +387,8 @@ def run(options: argparse.Namespace) -> None:
     """
     if not options.file.is_file():
         raise FileNotFoundError(f"--file {options.file} does not exist")
+    if options.file.stat().st_size == 0:
+        raise ValueError(f"--file {options.file} is empty")
     for name in ("repeats", "vocab_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
@@ -398,6 +400,8 @@ def run(options: argparse.Namespace) -> None:
     results: Results = {"tasks": {}}
     if options.json and options.json.exists():
         results = json.loads(options.json.read_text())
+        if "tasks" not in results:
+            raise ValueError(f"--json {options.json} is not of an earlier benchmark")
     results["machine"] = machine()
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         scratch = Path(folder)

@@ -179,11 +179,11 @@ class Tokenizer:
         """Write `vocab.json`, `merges.txt`, `tokenizer.json` and `meta.json` into the folder `path`.
 
         Raises:
-            ValueError: two tokens would be written alike, see `files.spell_vocab`.
+            ValueError: these tokens cannot be written, see `files.write_hf`.
         """
         folder = Path(path)
-        files.write_gpt2(folder, self.vocab, self.merges, self.special_tokens)
         files.write_hf(folder / "tokenizer.json", self.vocab, self.merges, self.special_tokens)
+        files.write_gpt2(folder, self.vocab, self.merges, self.special_tokens)
         files.write_json(folder / "meta.json", self.meta())
 
     def meta(self) -> dict[str, Any]:

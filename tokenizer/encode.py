@@ -5,6 +5,7 @@ order of the text. The ids grow in a hidden part file beside the output, with a 
 that was killed goes on from there when it is started again. The final name appears when everything is in it.
 """
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -310,23 +311,29 @@ class TokenWriter:
         self.lock = threading.Lock()
         self.handed_in: dict[int, tuple[NDArray[np.uint8], NDArray[Any], Contents, Callable[[], None]]] = {}
         self.busy = False  # a thread appends what has been handed in
-        self.start_over()
-
-    def start_over(self) -> None:
-        """Take nothing over from the part file."""
         self.done = Done()
         self.text_hash = hashlib.sha256()
         self.saved_at = time.monotonic()
 
+    def start_over(self) -> None:
+        """Take nothing over from the part file, nor let a later run do so by the journal of what was in it."""
+        self.journal.unlink(missing_ok=True)
+        files.flush_folder(self.output.parent)
+        self.saved_at = time.monotonic()
+
     def __enter__(self) -> "TokenWriter":
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        self.file = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self.file)
-            raise ValueError(f"another process is writing {self.output}") from None
-        return self
+        while True:
+            self.file = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(self.file)
+                raise ValueError(f"another process is writing {self.output}") from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self.file), self.part.stat()):
+                    return self
+            os.close(self.file)  # another process gave it its final name before this one had the lock
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
@@ -335,7 +342,7 @@ class TokenWriter:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 self.part.unlink(missing_ok=True)
                 self.journal.unlink(missing_ok=True)
-            elif error is not None:
+            elif error is not None and self.done.num_chunks > 0:
                 self._save_journal()
         finally:
             os.close(self.file)

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -31,13 +31,19 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     an older `path` as it was.
 
     Args:
-        path: the final name; missing parent folders are made.
+        path: the final name; missing parent folders are made. A device or a pipe is written to instead, and a link
+            goes on leading to the file.
         mode: "wb" for bytes, "w" for UTF-8 text with `\\n` line ends.
     """
-    target = Path(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    there = Path(path)
+    if there.exists() and not there.is_file() and not there.is_dir():
+        with open(there, mode, **text) as file:  # type: ignore[call-overload]
+            yield file
+        return
+    target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         with open(part, mode, **text) as file:  # type: ignore[call-overload]
             yield file
@@ -47,7 +53,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = os.fspath(target)
+            error.filename = os.fspath(path)
         raise
     flush_folder(target.parent)
 
@@ -120,7 +126,10 @@ def read_gpt2(
         FileNotFoundError: a file is missing.
     """
     vocab = _parse_vocab(vocab_path, _read_json(vocab_path), special_tokens)
-    where = os.fspath(merges_path) + ": line {}"
+
+    def place(number: int) -> str:
+        return f"{os.fspath(merges_path)}: line {number}"
+
     pairs = []
     for number, line in enumerate(_read_text(merges_path).split("\n"), start=1):
         if not line.strip("\r") or (number == 1 and line.startswith("#version")):
@@ -128,9 +137,9 @@ def read_gpt2(
         parts = line.rstrip("\r").split(" ")
         if len(parts) != 2:
             found = f"expected two tokens with one space between, found {_shorten(line)}"
-            raise ValueError(f"{where.format(number)}: {found}")
+            raise ValueError(f"{place(number)}: {found}")
         pairs.append((number, parts[0], parts[1]))
-    return vocab, _parse_merges(pairs, vocab, where)
+    return vocab, _parse_merges(pairs, vocab, place)
 
 
 def write_gpt2(folder: str | os.PathLike[str], vocab: Vocab, merges: Merges, special_tokens: Sequence[str]) -> None:
@@ -179,24 +188,33 @@ def read_hf(path: str | os.PathLike[str]) -> tuple[Vocab, Merges, list[str]]:
     ordered = sorted(special_tokens, key=special_tokens.__getitem__)
     vocab = _parse_vocab(path, spellings, ordered)
 
-    where = os.fspath(path) + ": model.merges[{}]"
+    def place(index: int) -> str:
+        return f"{os.fspath(path)}: model.merges[{index}]"
+
     pairs = []
     for index, merge in enumerate(_expect(path, "model.merges", model.get("merges"), list)):
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"{where.format(index)}: expected two tokens, found {_shorten(merge)}")
+            raise ValueError(f"{place(index)}: expected two tokens, found {_shorten(merge)}")
         pairs.append((index, parts[0], parts[1]))
-    return vocab, _parse_merges(pairs, vocab, where), ordered
+    return vocab, _parse_merges(pairs, vocab, place), ordered
 
 
 def write_hf(path: str | os.PathLike[str], vocab: Vocab, merges: Merges, special_tokens: Sequence[str]) -> None:
     """Write a `tokenizer.json` that Hugging Face `tokenizers` and `transformers` load to the same ids.
 
     Raises:
-        ValueError: two tokens would be written alike.
+        ValueError: two tokens would be written alike, or a merge has a special token that is spelt otherwise in merges.
     """
     spellings = spell_vocab(vocab, special_tokens)
     spell = functools.cache(to_symbols)  # for as long as this call
+    merged = {token for left, right in merges for token in (left, right, left + right)}
+    for special in special_tokens:
+        if special.encode() in merged and spell(special.encode()) != special:
+            raise ValueError(
+                f"a tokenizer.json cannot have {special!r} both as a special token and in a merge: "
+                "choose a special token that is no ordinary one"
+            )
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     data = {
@@ -309,6 +327,8 @@ def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.exists():
         return {}
     meta = _read_json(path)
+    for entry in ("unicode", "splits"):
+        _expect(path, entry, meta.get(entry, {}), dict)
     special_tokens = meta.get("special_tokens", [])
     if not isinstance(special_tokens, list) or not all(isinstance(token, str) for token in special_tokens):
         raise ValueError(
@@ -398,14 +418,14 @@ def _parse_vocab(path: str | os.PathLike[str], spellings: dict[str, Any], specia
     return vocab
 
 
-def _parse_merges(pairs: list[tuple[int, str, str]], vocab: Vocab, where: str) -> Merges:
-    """The merges spelt in `pairs`, whose numbers take the place of {} in `where`, which says where each stands."""
+def _parse_merges(pairs: list[tuple[int, str, str]], vocab: Vocab, place: Callable[[int], str]) -> Merges:
+    """The merges spelt in `pairs`, each with a number; `place` says where in the file that is."""
     known = {token: token for token in vocab.values()}
     spelled: dict[str, bytes] = {}
     merges: dict[tuple[bytes, bytes], None] = {}
 
     def refuse(number: int, cause: str) -> NoReturn:
-        raise ValueError(f"{where.format(number)}: {cause}") from None
+        raise ValueError(f"{place(number)}: {cause}") from None
 
     def read(number: int, spelling: str) -> bytes:
         """The token, the same object as in `vocab`."""

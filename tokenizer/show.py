@@ -46,7 +46,7 @@ def print_tokens(tokenizer: Tokenizer, text: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     tokens = list(colour_tokens(tokenizer, text))
     if console.color_system is None:
         console.print("|".join(shown for _, shown, _ in tokens), markup=False)

@@ -109,7 +109,7 @@ def print_stats(
     table = Table("", *map(os.path.normpath, tokenizers))
     for title in columns[0]:
         table.add_row(title, *(column[title] for column in columns))
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     console.print(table, markup=False)
     if len(tokenizers) == 2:
         share = overlap(*tokenizers.values())

@@ -1,16 +1,18 @@
 """What the kernels need and Numba has no name for: their decorator, and a handful of machine instructions."""
 
+import contextlib
 import hashlib
 import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils, event
+from numba.core.caching import IndexDataCacheFile
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 from numba.np.numpy_support import from_dtype
@@ -50,9 +52,36 @@ def python_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _compiled(function: Callable[..., Any], inline: bool, nogil: bool = True) -> Callable[..., Any]:
     compiler: Callable[..., Any] = njit
-    compiled = compiler(nogil=nogil, cache=True, error_model="numpy", _nrt=False, forceinline=inline)(function)
-    compiled._cache._cache_file._source_stamp = SOURCES
-    return compiled
+    options = {"nogil": nogil, "error_model": "numpy", "_nrt": False, "forceinline": inline}
+    try:
+        compiled = compiler(cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's own can be written to
+        return cast(Callable[..., Any], compiler(**options)(function))
+    cache = compiled._cache
+    cache._cache_file = CodeFile(cache.cache_path, cache._impl.filename_base, SOURCES)
+    return cast(Callable[..., Any], compiled)
+
+
+class CodeFile(IndexDataCacheFile):
+    """The compiled code of a kernel on disk. Where it is spoiled or cannot be written, it is compiled again."""
+
+    def _load_index(self) -> Any:
+        try:
+            return super()._load_index()
+        except Exception:  # whatever a pickle cut short leads to
+            return {}
+
+    def load(self, key: Any) -> Any:
+        """The code for types and processor, None if there is none that can be read."""
+        try:
+            return super().load(key)
+        except Exception:
+            return None
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keep the code for the next process; without a word if the disk is full, say."""
+        with contextlib.suppress(OSError):
+            super().save(key, data)
 
 
 def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
