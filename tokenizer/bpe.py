@@ -119,24 +119,21 @@ class Tokenizer:
                 raise ValueError(f"vocab lacks the single byte 0x{byte:02X}: some text could not be encoded")
 
     def _index_merges(self) -> None:
-        """Set `_merge_ids`: left part, right part and product of each merge, one after the other."""
+        """Set `_ranks`, {pair of ids: (rank, id of the product)}; of a repeated merge the first counts.
+
+        And `_merge_ids`: left part, right part and product of each merge, one after the other.
+        """
         ids = self._ids
+        self._ranks: dict[tuple[int, int], tuple[int, int]] = {}
         self._merge_ids = array.array("q")
         for rank, (left, right) in enumerate(self.merges):
             try:
-                self._merge_ids.extend((ids[left], ids[right], ids[left + right]))
+                pair, product = (ids[left], ids[right]), ids[left + right]
             except KeyError as error:
                 lacking = f"merges[{rank}] is {left!r} + {right!r}, but vocab lacks {error.args[0]!r}"
                 raise ValueError(lacking) from None
-
-    @functools.cached_property
-    def _ranks(self) -> dict[tuple[int, int], tuple[int, int]]:
-        """{pair of ids: (rank, id of the product)}, the first of a repeated merge; the kernels need none of it."""
-        numbers = iter(self._merge_ids)
-        ranks: dict[tuple[int, int], tuple[int, int]] = {}
-        for rank, (left, right, product) in enumerate(zip(numbers, numbers, numbers, strict=True)):
-            ranks.setdefault((left, right), (rank, product))
-        return ranks
+            self._ranks.setdefault(pair, (rank, product))
+            self._merge_ids.extend((*pair, product))
 
     @classmethod
     def from_files(
