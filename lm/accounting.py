@@ -67,16 +67,15 @@ def config_from_yaml(*paths: Path) -> TransformerConfig:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a setting that no model has, an unknown corpus, or a text without a vocabulary size.
+        ValueError: no YAML, no mapping, a setting that no model has, an unknown corpus, or a text without a vocabulary
+            size; names the file.
     """
-    import yaml
-
     model: dict[str, Any] = {}
     data: dict[str, Any] = {}
     for path in (default_config(), *paths):
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        data |= settings.get("data") or {}
-        model |= (settings.get("model") or {}).get("transformer") or {}
+        settings = read_settings(path)
+        data |= _section(settings, "data", path)
+        model |= _section(_section(settings, "model", path), "transformer", path)
         unknown = model.keys() - {field.name for field in dataclasses.fields(TransformerConfig)}
         if unknown:
             raise ValueError(f"{path}: model.transformer has no {', '.join(sorted(unknown))}")
@@ -89,6 +88,33 @@ def config_from_yaml(*paths: Path) -> TransformerConfig:
     elif data.get("vocab_size") is None:
         data["vocab_size"] = _VOCAB_SIZES[data["corpus"]]
     return TransformerConfig(**model | {name: data[name] for name in ("vocab_size", "context_length")})
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty one.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no YAML, or no mapping; names the file.
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{where}: no valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(settings, dict | None):
+        raise ValueError(f"{path}: a mapping of settings is wanted (`name: value`), not a {type(settings).__name__}")
+    return settings or {}
+
+
+def _section(settings: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    section = settings.get(name) or {}
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}: `{name}` must be a mapping of settings, not {section!r}")
+    return section
 
 
 # -------------------------------------------------------------------------------------------------------- parameters

@@ -15,6 +15,9 @@ A sweep file (`configs/sweeps/*.yaml`) names the base configs, what varies, the 
 
 A scale may bring its own `grid`. A run that two studies share (the base of every ablation) is made once and copied. To
 run several studies one after another, a file says only `include: [learning_rate.yaml, batch_size.yaml]`.
+
+A run's folder is named after what varies, not after the scale or the texts: `record.json` there has a hash of all the
+settings, by which a sweep tells its own results from those of another experiment. It never adds to the latter.
 """
 
 import hashlib
@@ -26,16 +29,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
-import yaml
-
 from lm import default_config
+from lm.accounting import read_settings
 from lm.checkpoint import InUseError, lock_run
 from lm.report import by_version, flatten
 from tokenizer.files import atomic_write
@@ -44,6 +46,7 @@ KEYS = {"study", "configs", "grid", "runs", "seeds", "scales", "text", "include"
 TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz")
 DONE = ("finished", "diverged")  # a divergence is a result
 DIVERGED_EXIT_CODE = 3
+RESOLVED = ("data.vocab_size", "data.train_text", "data.valid_text")  # config.yaml has the folder made of them instead
 
 
 @dataclass(frozen=True)
@@ -65,18 +68,51 @@ class PlannedRun:
         return [*words, "--run.logs", f"{logs}/{self.study}", "--run.name", self.name, "--resume", "auto"]
 
     @property
-    def experiment(self) -> str:
-        """A hash of all settings that are said anywhere; equal for runs that differ only in where they are kept."""
+    def merged(self) -> dict[str, Any]:
+        """All settings that are said anywhere, by their dotted names."""
         merged: dict[str, Any] = {}
         for config in (str(default_config()), *self.configs):
-            merged |= flatten(yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {})
-        return hashlib.sha256(json.dumps(merged | dict(self.settings), sort_keys=True).encode()).hexdigest()
+            merged |= flatten(read_settings(Path(config)))
+        return merged | dict(self.settings)
+
+    @property
+    def experiment(self) -> str:
+        """A hash of all settings that are said anywhere; equal for runs that differ only in where they are kept."""
+        return hashlib.sha256(json.dumps(self.merged, sort_keys=True).encode()).hexdigest()
 
     def status(self, logs: str) -> str | None:
         """What the newest version's summary says, None if the run never ended by itself."""
         versions = by_version(Path(logs, self.study, self.name).glob("version_*"))
         summary = versions[-1] / "summary.json" if versions else None
         return json.loads(summary.read_text()).get("status") if summary and summary.is_file() else None
+
+    def meets_another(self, logs: str) -> bool:
+        """Whether its folder has the result of another experiment, or a checkpoint that would be resumed from.
+
+        A run that a job array made has no record: its config.yaml tells, though not which texts it was given.
+        """
+        folder = Path(logs, self.study, self.name)
+        versions = by_version(folder.glob("version_*"))
+        if self.status(logs) not in DONE and not any(any(path.glob("checkpoints/*")) for path in versions):
+            return False
+        if (folder / "record.json").is_file():
+            return json.loads((folder / "record.json").read_text()).get("experiment") != self.experiment
+        configs = [path / "config.yaml" for path in versions if (path / "config.yaml").is_file()]
+        had = flatten(read_settings(configs[-1])) if configs else {}
+        said = flatten(self.merged)
+        return any(not same(said[name], had[name]) for name in said.keys() & had.keys() - set(RESOLVED))
+
+
+def same(said: Any, had: Any) -> bool:
+    """Whether a run had the value that is said of it.
+
+    >>> same("1e-3", 0.001), same(300, 400)  # YAML's number needs a point, the command line's does not
+    (True, False)
+    """
+    try:
+        return said == had or float(said) == float(had)
+    except (TypeError, ValueError):
+        return False
 
 
 def own_texts(folder: Path, name: str) -> dict[str, str]:
@@ -104,10 +140,19 @@ def plan(path: Path, scale: str | None = None, texts: Path | None = None) -> lis
         texts: a folder of texts, used instead of the scale's corpus by a file that has `text`.
 
     Raises:
-        ValueError: an unknown key or scale, or a sweep without a study; names the file.
+        ValueError: no YAML, no mapping, an unknown key or scale, a sweep without a study, or two runs of one name; says
+            which file.
         FileNotFoundError: a file it names is not there.
     """
-    sweep = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    runs = _plan(path, scale, texts)
+    times = Counter(f"{run.study}/{run.name}" for run in runs)
+    if twice := [name for name, count in times.items() if count > 1]:
+        raise ValueError(f"{path}: more than one run would go to {', '.join(twice)}; give each a `name` of its own")
+    return runs
+
+
+def _plan(path: Path, scale: str | None, texts: Path | None) -> list[PlannedRun]:
+    sweep = read_settings(path)
     if unknown := set(sweep) - KEYS:
         raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}; a sweep has {', '.join(sorted(KEYS))}")
     if "include" in sweep:
@@ -163,6 +208,14 @@ def execute(
     """
     folder = Path(logs, run.study, run.name)
     folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "status": "started",
+        "exit_code": None,
+        "seconds": None,
+        "command": f"python {shlex.join(run.arguments(logs))}",
+        "experiment": run.experiment,
+    }
+    write_record(folder, record)  # should this process be killed, it still tells whose checkpoints lie there
     environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
     environment |= {"CUDA_VISIBLE_DEVICES": device} if device else {}
     started = time.monotonic()
@@ -176,14 +229,13 @@ def execute(
             check=False,
         ).returncode
     status = run.status(logs) if code in (0, DIVERGED_EXIT_CODE) else "failed"
-    seconds = round(time.monotonic() - started, 1)
-    return {
-        "status": status,
-        "exit_code": code,
-        "seconds": seconds,
-        "command": f"python {shlex.join(run.arguments(logs))}",
-        "experiment": run.experiment,
-    }
+    return record | {"status": status, "exit_code": code, "seconds": round(time.monotonic() - started, 1)}
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """`record.json` of a run."""
+    with atomic_write(folder / "record.json", "w") as output:
+        json.dump(record, output, indent=1)
 
 
 def copy_twin(run: PlannedRun, logs: str) -> dict[str, Any] | None:
@@ -197,9 +249,16 @@ def copy_twin(run: PlannedRun, logs: str) -> dict[str, Any] | None:
     return None
 
 
-def unfinished(runs: list[PlannedRun], logs: str) -> Iterator[PlannedRun]:
-    """The runs that have no result yet."""
-    return (run for run in runs if run.status(logs) not in DONE)
+def clash(runs: list[PlannedRun], logs: str, scale: str | None) -> str | None:
+    """What is to be said if folders of `runs` hold other experiments; None if none does."""
+    others = [run for run in runs if run.meets_another(logs)]
+    if not others:
+        return None
+    return (
+        f"{Path(logs, others[0].study, others[0].name)} holds another experiment, of another scale, texts or settings "
+        f"({len(others)} of the {len(runs)} runs' folders do): give the sweep a place of its own, for example "
+        f"--logs {logs.rstrip('/')}_{scale or 'new'}, or move the old one away"
+    )
 
 
 def sweep(
@@ -213,7 +272,9 @@ def sweep(
 ) -> None:
     """Run every run of a sweep file that has no result yet; a failed run is recorded and does not stop the others.
 
-    Several sweeps may share a file and a folder: each run is made by one of them.
+    Several sweeps may share a file and a folder: each run is made by one of them. A result counts only if all its
+    settings are the same: where a run's folder holds another experiment (scale, texts, an edited file, the settings of
+    another release), nothing is run; take another --logs then.
 
     Args:
         file: the sweep, for example configs/sweeps/learning_rate.yaml.
@@ -223,14 +284,23 @@ def sweep(
         dry_run: print the commands, one a line, and run nothing (for a job array).
         devices: CUDA devices to spread the runs over, "0,1,2,3"; each takes one run at a time.
         jobs: runs at the same time where no devices are named; they share the CPU's cores evenly.
-        logs: where the studies go.
+        logs: where the studies go, a place of its own for each scale and each choice of texts, for example logs_gpu
+            (`report` takes it, too); where a run's folder holds another experiment, nothing is run.
+
+    Raises:
+        ValueError: a run's folder holds the result of another experiment; names the first.
     """
     runs = plan(Path(file), scale, texts)
+    problem = clash(runs, logs, scale)
+    if problem and not dry_run:
+        raise ValueError(problem)
     if dry_run:
+        if problem:
+            print(f"warning: {problem}", file=sys.stderr)
         for run in runs:
             print("python", shlex.join(run.arguments(logs)))
         return
-    waiting = list(unfinished(runs, logs))
+    waiting = [run for run in runs if run.status(logs) not in DONE]
     print(f"{file}: {len(runs)} runs, {len(runs) - len(waiting)} of them done before")
     slots: SimpleQueue[str | None] = SimpleQueue()
     for device in [name.strip() for name in devices.split(",")] if devices else [None] * jobs:
@@ -243,11 +313,12 @@ def sweep(
         device = slots.get()
         try:
             with lock_run(folder) as lock:
+                if run.meets_another(logs):
+                    return run, "another sweep has begun another experiment there meanwhile"
                 if run.status(logs) in DONE:
                     return run, "made by another sweep meanwhile"
                 record = copy_twin(run, logs) or execute(run, logs, device, threads, lock)
-                with atomic_write(folder / "record.json", "w") as output:
-                    json.dump(record, output, indent=1)
+                write_record(folder, record)
                 return run, record
         except InUseError as error:
             return run, f"left to {error.holder}, which makes it just now"
@@ -258,6 +329,7 @@ def sweep(
         for run, record in pool.map(work, waiting):
             if isinstance(record, str):
                 print(f"{run.study}/{run.name}: {record}", flush=True)
+                failed += [run] if run.meets_another(logs) else []
                 continue
             copied = f", copied from {record['copied_from']}" if "copied_from" in record else ""
             print(f"{run.study}/{run.name}: {record['status']} in {record['seconds']:.0f} s{copied}", flush=True)

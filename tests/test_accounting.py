@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,22 @@ def test_model_of_configuration_files(tmp_path: Path) -> None:
     over.write_text("data: {corpus: pile}\n")
     with pytest.raises(ValueError, match=r"data\.corpus='pile' must be one of builtin, "):
         accounting.config_from_yaml(over)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: [a\ndata: b", "bad.yaml, line 2: no valid YAML: expected ',' or ']', but got ':'"),
+        ("- model", "bad.yaml: a mapping of settings is wanted (`name: value`), not a list"),
+        ("model: [1]", "bad.yaml: `model` must be a mapping of settings, not [1]"),
+        ("model: {transformer: small}", "bad.yaml: `transformer` must be a mapping of settings, not 'small'"),
+    ],
+)
+def test_a_file_of_no_settings_is_named(content: str, message: str, tmp_path: Path) -> None:
+    """In a ValueError, which the command line says in one line."""
+    (path := tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
+        accounting.run(str(path), memory_gb=80.0)
 
 
 def test_vocabularies_are_those_of_the_data() -> None:

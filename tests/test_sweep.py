@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from lm.__main__ import main
 from lm.checkpoint import InUseError, lock_run
-from lm.sweep import PlannedRun, plan, sweep
+from lm.sweep import PlannedRun, execute, plan, sweep
 
 
 def write(path: Path, content: dict[str, object]) -> Path:
@@ -66,7 +68,8 @@ def test_a_variant_may_have_its_own_scales(grid: Path) -> None:
 
 
 def test_include_chains_studies(grid: Path) -> None:
-    both = write(grid.parent / "all.yaml", {"include": ["sweep.yaml", "sweep.yaml"]})
+    write(grid.parent / "other.yaml", yaml.safe_load(grid.read_text()) | {"study": "other"})
+    both = write(grid.parent / "all.yaml", {"include": ["sweep.yaml", "other.yaml"]})
     assert len(plan(both, "cpu")) == 16
 
 
@@ -81,6 +84,35 @@ def test_bad_files_are_named(grid: Path, change: dict[str, object], message: str
     write(grid, content)
     with pytest.raises(ValueError, match=message):
         plan(grid, "tpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("study: [a\nconfigs: b", r"^\S*bad\.yaml, line 2: no valid YAML: expected ',' or '\]'"),
+        ("- study: a", r"^\S*bad\.yaml: a mapping of settings is wanted .*, not a list$"),
+        ("study", r"^\S*bad\.yaml: a mapping of settings is wanted .*, not a str$"),
+        ("study: \0", r"^\S*bad\.yaml: no valid YAML: "),
+    ],
+)
+def test_no_yaml_and_no_mapping_is_one_line(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path := tmp_path / "bad.yaml").write_text(content)
+    assert main(["sweep", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line.removeprefix("error: "))
+
+
+def test_two_runs_of_one_name_are_refused(grid: Path) -> None:
+    content = yaml.safe_load(grid.read_text()) | {"grid": {}, "seeds": [0]}
+    write(grid, content | {"runs": [{"settings": {"model.depth": 3}}, {"settings": {"model.depth": 4}}]})
+    with pytest.raises(ValueError, match=r"sweep\.yaml: more than one run would go to learning_rate/seed_0; give each"):
+        plan(grid, "cpu")
+    write(grid, content)
+    both = write(grid.parent / "all.yaml", {"include": ["sweep.yaml", "sweep.yaml"]})
+    with pytest.raises(ValueError, match=r"all\.yaml: .* learning_rate/pre-seed_0, learning_rate/post-seed_0;"):
+        plan(both, "cpu")
 
 
 def test_dry_run_prints_commands_a_shell_takes(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +154,113 @@ def test_done_runs_are_skipped_and_failures_retried(
     assert record["status"] == "finished"
     sweep(str(grid), scale="cpu", logs=str(logs))
     assert "8 of them done before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["scale", "texts", "file", "config"])
+def test_the_result_of_another_experiment_is_not_taken_for_this_ones(
+    change: str, grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs, texts = tmp_path / "logs", tmp_path / "texts"
+    texts.mkdir()
+    for split in ("train", "valid"):
+        (texts / f"stories-{split}.txt").touch()
+    write(grid, content := yaml.safe_load(grid.read_text()) | {"text": "stories"})
+    monkeypatch.setattr("lm.sweep.subprocess", finish(logs, "finished"))
+    sweep(str(grid), scale="cpu", logs=str(logs))
+    before = {path: path.read_bytes() for path in logs.rglob("*.json")}
+
+    monkeypatch.setattr("lm.sweep.subprocess", None)
+    scale = "gpu" if change == "scale" else "cpu"
+    if change == "file":
+        content["runs"][1]["settings"] = {"model.depth": 4}
+        write(grid, content)
+    if change == "config":
+        write(tmp_path / "base.yaml", {"model": {"width": 64}})
+    words = ["sweep", str(grid), "--scale", scale, "--logs", str(logs)]
+    words += ["--texts", str(texts)] if change == "texts" else []
+    capsys.readouterr()
+    assert main(words) == 2
+    said, (line,) = (lambda out: (out.out, out.err.splitlines()))(capsys.readouterr())
+    first, count = ("post-lr_0.1-seed_0", 4) if change == "file" else ("pre-lr_0.1-seed_0", 8)
+    assert line.startswith(f"error: {logs / 'learning_rate' / first} holds another experiment")
+    assert f"({count} of the 8 runs' folders do)" in line
+    assert f"--logs {logs}_{scale}" in line
+    assert not said
+    assert {path: path.read_bytes() for path in logs.rglob("*.json")} == before
+    assert main([*words, "--dry_run"]) == 0
+    dry = capsys.readouterr()
+    assert len(dry.out.splitlines()) == 8
+    assert dry.err == line.replace("error", "warning") + "\n"
+
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setattr("lm.sweep.subprocess", finish(elsewhere, "finished"))
+    assert main([*words, "--logs", str(elsewhere)]) == 0
+    assert "8 runs, 0 of them done before" in capsys.readouterr().out
+    assert main([*words, "--logs", str(elsewhere)]) == 0
+    assert "8 runs, 8 of them done before" in capsys.readouterr().out
+
+
+def test_only_a_result_or_a_checkpoint_makes_a_folder_anothers(grid: Path, tmp_path: Path) -> None:
+    """A run that failed at once may be mended in the file; what `--resume auto` would go on from may not."""
+    logs = tmp_path / "logs"
+    run, other = plan(grid, "cpu")[0], plan(grid, "gpu")[0]
+    folder = logs / run.study / run.name
+    (folder / "version_0").mkdir(parents=True)
+    (folder / "record.json").write_text(json.dumps({"status": "failed", "experiment": run.experiment}))
+    assert not other.meets_another(str(logs))
+    (folder / "version_0" / "checkpoints").mkdir()
+    (folder / "version_0" / "checkpoints" / "step_10.ckpt").touch()
+    assert other.meets_another(str(logs))
+    assert not run.meets_another(str(logs))
+
+
+def test_a_killed_sweep_has_said_whose_checkpoints_it_leaves(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs = tmp_path / "logs"
+    run = plan(grid, "cpu")[0]
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lm.sweep.subprocess", SimpleNamespace(run=killed, STDOUT=subprocess.STDOUT))
+    with pytest.raises(KeyboardInterrupt):
+        execute(run, str(logs), None)
+    record = json.loads((logs / run.study / run.name / "record.json").read_text())
+    assert (record["status"], record["experiment"]) == ("started", run.experiment)
+
+
+def test_a_run_of_a_job_array_is_known_by_its_configuration(grid: Path, tmp_path: Path) -> None:
+    """It has no record; the data section of its config.yaml names what was made of the text."""
+    logs = tmp_path / "logs"
+    run = plan(grid, "cpu")[0]
+    finish(logs, "finished").run(["--run.name", run.name])
+    had = {"trainer": {"max_steps": 5}, "model": {"optimizer": {"lr": 0.1}}, "data": {"vocab_size": None, "seed": 0}}
+    config = logs / run.study / run.name / "version_0" / "config.yaml"
+    write(config, had)
+    assert not run.meets_another(str(logs))
+    write(config, had | {"trainer": {"max_steps": 6}})
+    assert run.meets_another(str(logs))
+
+
+def test_another_experiment_that_began_meanwhile_is_left_alone(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = tmp_path / "logs"
+    runs = plan(grid, "cpu")
+    makes = finish(logs, "finished").run
+
+    def run(command: list[str], **options: object) -> SimpleNamespace:
+        if command[command.index("--run.name") + 1] == runs[0].name:
+            makes(["--run.name", runs[-1].name])
+            record = {"status": "finished", "experiment": plan(grid, "gpu")[-1].experiment}
+            (logs / "learning_rate" / runs[-1].name / "record.json").write_text(json.dumps(record))
+        return makes(command, **options)
+
+    monkeypatch.setattr("lm.sweep.subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    with pytest.raises(SystemExit, match=f"1 of 8 runs failed: learning_rate/{runs[-1].name} "):
+        sweep(str(grid), scale="cpu", logs=str(logs))
+    assert f"{runs[-1].name}: another sweep has begun another experiment there" in capsys.readouterr().out
 
 
 def test_the_newest_version_has_the_status_and_a_copy_beside_it_none(grid: Path, tmp_path: Path) -> None:
