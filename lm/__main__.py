@@ -77,6 +77,9 @@ def main(argv: list[str]) -> int:
     if sys.platform == "win32":
         print("error: lm runs on Linux and macOS: on Windows, install and run it inside WSL2", file=sys.stderr)
         return 2
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+        if os.environ.get(name) == "":  # Lightning would read a number
+            del os.environ[name]
     command = argv[0]
     if command in TRAINING:
         before = signal.getsignal(signal.SIGINT)

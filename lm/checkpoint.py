@@ -24,7 +24,7 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, cast
@@ -412,15 +412,33 @@ def recover(run: PathLike) -> None:
 
 
 def find_run(logs: PathLike = "logs") -> Path:
-    """The run below `logs` with the latest checkpoint.
+    """The run below `logs` with the latest checkpoint; a run that was moved away is found by a link to it.
 
     Raises:
         FileNotFoundError: no run has one.
     """
-    records = list(Path(logs).glob(f"**/{FOLDER}/*.json"))
+    records = [record for folder in _folders_below(Path(logs)) for record in (folder / FOLDER).glob("*.json")]
     if not records:
         raise FileNotFoundError(f"no run with a checkpoint below {logs}: `python -m lm fit` makes one")
     return max(records, key=lambda path: path.stat().st_mtime_ns).parent.parent
+
+
+def _folders_below(top: Path) -> Iterator[Path]:
+    """`top` and every folder below it, each once and under its own name before that of a link.
+
+    Links are followed, except up to `top` and what it lies in: that would be a search of the whole disk.
+    """
+    start, seen, waiting = top.resolve(), set[Path](), [top]
+    while waiting:
+        for name, below, _ in os.walk(waiting.pop()):  # lists links, and does not follow them
+            folder = Path(name)
+            if (place := folder.resolve()) in seen:
+                below.clear()
+                continue
+            seen.add(place)
+            yield folder
+            links = [link for link in map(folder.joinpath, below) if link.is_symlink()]
+            waiting += [link for link in links if not start.is_relative_to(link.resolve())]
 
 
 class InUseError(ValueError):

@@ -208,39 +208,66 @@ def import_hf(directory: Path) -> TransformerLM:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: another architecture, a setting that our model lacks, or weights that do not fit.
+        ValueError: another architecture, a setting that our model lacks, weights that do not fit, or a damaged file.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no config.json in {directory}: name a directory with a Hugging Face model")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object, as the config.json of a model is")
     config = config_from_hf(found, path)
     weights: dict[str, Tensor] = {}
     shards = sorted(directory.glob("model*.safetensors"))
     if not shards:
         raise FileNotFoundError(f"no model.safetensors in {directory}: only safetensors are read, never pickles")
     for shard in shards:
-        weights |= load_file(shard)
+        try:
+            weights |= load_file(shard)
+        except SafetensorError as error:
+            raise ValueError(f"{shard} is damaged, download it again: {error}") from None
     names = {own: theirs for own, (theirs, _) in weight_names(config).items()}
     missing = sorted(set(names.values()) - weights.keys())
     if missing:
         raise ValueError(f"{directory} lacks {len(missing)} weights, the first {missing[0]}")
     state = {own: weights[theirs].float() for own, theirs in names.items()}
-    for own in filter(_is_rotated, state):
-        state[own] = halves_to_neighbours(state[own], config.num_heads)
     model = TransformerLM(config)
     wrong = [own for own, weight in model.state_dict().items() if weight.shape != state[own].shape]
     if wrong:
         raise ValueError(f"{directory}: {names[wrong[0]]} has shape {tuple(state[wrong[0]].shape)}, not what it says")
+    for own in filter(_is_rotated, state):
+        state[own] = halves_to_neighbours(state[own], config.num_heads)
     model.load_state_dict(state)
     return model.eval()
 
 
+# Our name and Hugging Face's of the sizes that a configuration has to give.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+}
+
+
 def config_from_hf(found: Mapping[str, Any], path: Path) -> TransformerConfig:
-    """Our configuration of a Llama's `config.json`; `ValueError` names what ours has not."""
+    """Our configuration of a Llama's `config.json`, where null is as good as nothing: the default.
+
+    Raises:
+        ValueError: it has what ours has not, or lacks what a model needs; names it.
+    """
+    found = {name: value for name, value in found.items() if value is not None}
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: {rope!r} are no settings of RoPE")
     heads = found.get("num_attention_heads")
     required = {
         "model_type": (found.get("model_type"), "llama"),
@@ -254,16 +281,18 @@ def config_from_hf(found: Mapping[str, Any], path: Path) -> TransformerConfig:
     for name, (value, wanted) in required.items():
         if value != wanted:
             raise ValueError(f"{path}: {name}={value!r}, this project's models have {wanted!r}")
-    config = TransformerConfig(
-        vocab_size=found["vocab_size"],
-        context_length=found["max_position_embeddings"],
-        num_layers=found["num_hidden_layers"],
-        num_heads=found["num_attention_heads"],
-        d_model=found["hidden_size"],
-        d_ff=found["intermediate_size"],
-        rope_theta=float(rope.get("rope_theta", found.get("rope_theta", 10_000.0))),
-        head="tied" if found.get("tie_word_embeddings") else "untied",
-    )
+    for name in _SIZES.values():
+        if type(found.get(name)) is not int:
+            raise ValueError(f"{path}: {name}={found[name]!r} is no size" if name in found else f"{path} lacks {name}")
+    rope_theta = rope.get("rope_theta", found.get("rope_theta", 10_000.0))
+    try:
+        config = TransformerConfig(
+            **{own: found[theirs] for own, theirs in _SIZES.items()},
+            rope_theta=float(rope_theta),
+            head="tied" if found.get("tie_word_embeddings") else "untied",
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
     if found.get("head_dim", config.d_head) != config.d_head:
         raise ValueError(f"{path}: head_dim={found['head_dim']}, here it is always hidden_size / heads={config.d_head}")
     return config

@@ -27,6 +27,8 @@ from lm.model import KVCache, TransformerLM
 from tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+LONGEST = 1_000_000  # tokens of a text: room for all of them is taken at once
+FLOAT32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,13 @@ class Sampling:
     is normalised again.
 
     Args:
-        temperature: 0 takes the most probable token (greedy); 1 is the model's own distribution.
+        temperature: 0 takes the most probable token (greedy), and so does what is below float32's smallest normal
+            number, 1.2e-38; 1 is the model's own distribution.
         top_k: keep the k most probable tokens; None keeps all.
         top_p: keep the smallest set of most probable tokens with at least this mass (Holtzman et al. 2020, nucleus
             sampling; CS336 A1 section 6).
         min_p: keep tokens at least this many times as probable as the most probable one (Nguyen et al. 2024).
-        max_new_tokens: an upper bound of the text's length.
+        max_new_tokens: an upper bound of the text's length, at most a million.
         seed: the same one gives the same text.
 
     Raises:
@@ -57,8 +60,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature={self.temperature} must be a number >= 0: 0 is greedy, 1 the model's own")
+        if not 0 <= self.temperature <= FLOAT32.max:
+            raise ValueError(
+                f"temperature={self.temperature} must be a number >= 0, within float32: 0 is greedy, 1 the model's own"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1: leave it out to keep all tokens")
         if not 0 < self.top_p <= 1:
@@ -67,16 +72,18 @@ class Sampling:
             raise ValueError(f"min_p={self.min_p} must be in [0, 1]: 0 keeps all tokens")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.max_new_tokens > LONGEST:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at most {LONGEST:,}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must be in [0, 2^63)")
 
     def probabilities(self, logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
         """The distribution, in float32, that the next token is drawn from."""
         logits = logits.float()
-        if self.temperature == 0:
+        if self.temperature < FLOAT32.tiny:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
         # Minus the maximum first: a tiny temperature must not turn large logits into infinities.
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / float(self.temperature)
         if self.top_k is None and self.top_p == 1 and self.min_p == 0:
             return softmax(logits, dim=-1)
         # Stable: among equal logits the smaller token ids stay.
@@ -86,7 +93,7 @@ class Sampling:
         if self.top_p < 1:
             probabilities = softmax(logits, dim=-1)
             mass_before = probabilities.cumsum(dim=-1) - probabilities
-            logits = logits.masked_fill(mass_before >= self.top_p, -math.inf)
+            logits = logits.masked_fill(mass_before >= max(self.top_p, FLOAT32.tiny), -math.inf)  # the first one stays
         if self.min_p > 0:
             logits = logits.masked_fill(logits < math.log(self.min_p), -math.inf)  # the greatest logit is 0
         return torch.zeros_like(logits).scatter_(-1, token_ids, softmax(logits, dim=-1))
@@ -189,6 +196,7 @@ def sample_batch(
     num_samples: int = 1,
     stop_id: int | None = None,
     forced_ids: Sequence[int] = (),
+    barred_ids: Sequence[int] = (),
     num_alternatives: int = 0,
     compile: bool = False,
 ) -> Iterator[list[Sample]]:
@@ -204,6 +212,7 @@ def sample_batch(
         num_samples: of each prompt; they follow each other. All are decoded together as one batch.
         stop_id: the token that ends a sample; default, none.
         forced_ids: the first tokens of each sample, taken as they are: what is reported of them scores a given text.
+        barred_ids: tokens that are never drawn, such as `ids_without_token`.
         num_alternatives: how many of the most probable tokens are reported with each token.
         compile: use torch.compile, which takes up to a minute at first on a CPU.
 
@@ -234,10 +243,12 @@ def sample_batch(
         text = torch.zeros(len(rows), length, dtype=torch.int64, device=device)
         padded = [[*[0] * before, *prompt, *forced_ids] for before, prompt in zip(padding, rows, strict=True)]
         text[:, :given] = torch.tensor(padded, device=device)
+        barred = torch.tensor(barred_ids, dtype=torch.int64, device=device)
         for end in range(longest, length):
             logits = decoder.next_logits(text[:, :end]).float()
             if end >= given:
-                text[:, end] = draw(sampling.probabilities(logits), generators)
+                allowed = logits.index_fill(-1, barred, -math.inf) if len(barred) else logits
+                text[:, end] = draw(sampling.probabilities(allowed), generators)
             drawn = text[:, end]
             log_normalisers = logits.logsumexp(dim=-1, keepdim=True)
             log_probabilities = (logits.gather(-1, drawn[:, None]) - log_normalisers)[:, 0].tolist()
@@ -286,6 +297,11 @@ def end_of_text_id(tokenizer: Tokenizer) -> int | None:
     return tokenizer.special_ids.get(END_OF_TEXT)
 
 
+def ids_without_token(model: TransformerLM, tokenizer: Tokenizer) -> list[int]:
+    """The model's ids that mean nothing to the tokenizer: of a vocabulary that was padded, the rows beyond its end."""
+    return [token_id for token_id in range(model.config.vocab_size) if token_id not in tokenizer.vocab]
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The ids of `prompt`; of an empty one that of `<|endoftext|>`: what stands before the first token of a document.
 
@@ -308,10 +324,16 @@ def sample_texts(
     num_samples: int = 1,
     compile: bool = False,
 ) -> Iterator[list[Sample]]:
-    """`sample_batch` after texts, until the documents end."""
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    stop_id = end_of_text_id(tokenizer)
-    return sample_batch(model, encoded, sampling, num_samples=num_samples, stop_id=stop_id, compile=compile)
+    """`sample_batch` after texts, until the documents end, with tokens that the tokenizer has."""
+    return sample_batch(
+        model,
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        sampling,
+        num_samples=num_samples,
+        stop_id=end_of_text_id(tokenizer),
+        barred_ids=ids_without_token(model, tokenizer),
+        compile=compile,
+    )
 
 
 def decode_steps(tokenizer: Tokenizer, steps: Iterable[list[Sample]]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 def is_first_rank() -> bool:
     """Whether this process speaks and writes for all ranks, before Lightning knows about ranks."""
-    return not any(int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def fail(problems: list[str]) -> NoReturn:

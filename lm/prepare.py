@@ -239,14 +239,18 @@ class Stages:
             write_json(self.path, self.notes)
 
     def sha256(self, path: Path) -> str:
-        """The hash of a file, known from last time if its size and time of change are the same."""
+        """The hash of a file, known from last time if its size and time of change are the same.
+
+        Where it cannot be noted, as in a directory that is read-only, it is computed again next time.
+        """
         stat, name = path.stat(), f"file {path.resolve()}"
         seen = {"num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, **self.notes.get(name, {})}
         if "sha256" not in seen or (seen["num_bytes"], seen["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             seen = {"num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
-            self.note(name, seen)
+            with contextlib.suppress(OSError):
+                self.note(name, seen)
         return str(seen["sha256"])
 
     def _sizes(self, outputs: list[str]) -> dict[str, int | None]:

@@ -31,7 +31,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lm.generate import Sample, Sampling, describe, encode_prompt, end_of_text_id, load, sample_tokens
+from lm.generate import (
+    Sample,
+    Sampling,
+    describe,
+    encode_prompt,
+    end_of_text_id,
+    ids_without_token,
+    load,
+    sample_tokens,
+)
 from lm.model import TransformerLM
 from tokenizer import Tokenizer
 
@@ -87,10 +96,9 @@ def read_request(body: bytes) -> Request:
         if isinstance(value, bool) or not isinstance(value, kinds[name]):
             raise ValueError(f"{name}={value!r} is not of the right type")
     settings: dict[str, Any] = {"seed": random.randrange(2**31), "temperature": 0.8, "top_p": 0.95}
-    sampling = Sampling(**settings | asked)
-    if sampling.max_new_tokens > MAX_NEW_TOKENS:
-        raise ValueError(f"max_new_tokens={sampling.max_new_tokens} must be at most {MAX_NEW_TOKENS} here")
-    return Request(prompt, token_ids, forced_ids, sampling)
+    if asked.get("max_new_tokens", 0) > MAX_NEW_TOKENS:
+        raise ValueError(f"max_new_tokens={asked['max_new_tokens']} must be at most {MAX_NEW_TOKENS} here")
+    return Request(prompt, token_ids, forced_ids, Sampling(**settings | asked))
 
 
 def pieces(tokenizer: Tokenizer, steps: Iterator[list[Sample]], stop_id: int | None) -> Iterator[dict[str, Any]]:
@@ -216,6 +224,7 @@ class Server(ThreadingHTTPServer):
             [*encode_prompt(self.tokenizer, request.prompt), *request.token_ids],
             sampling,
             forced_ids=request.forced_ids,
+            barred_ids=ids_without_token(self.model, self.tokenizer),
             num_alternatives=NUM_ALTERNATIVES,
             compile=self.compile,
         )

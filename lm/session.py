@@ -61,9 +61,10 @@ def run(
         Session(model, loaded, sampling, describe(model, info), compile).run()
         return
     if prompts is not None:
-        texts = prompts.read_text(encoding="utf-8").splitlines()
-        if not texts:
+        lines = prompts.read_text(encoding="utf-8")  # which makes every line end \n
+        if not lines:
             raise ValueError(f"{prompts} is empty: write one prompt a line")
+        texts = lines.removesuffix("\n").split("\n")  # splitlines() would cut within a prompt too, at U+2028 and others
     elif prompt is None:
         texts = ["" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")]
     else:
@@ -127,6 +128,8 @@ class Session:
         self.say("/help says what can be typed, Ctrl-D ends")
         while True:
             try:
+                if sys.stdin is None:  # closed from the start
+                    raise EOFError
                 line = input("> " if sys.stdin.isatty() else "")
                 if line.strip() == "/quit":
                     return

@@ -391,6 +391,26 @@ def test_the_run_with_the_latest_checkpoint_is_found(tmp_path: Path) -> None:
     assert find_run(tmp_path) == tmp_path / "b" / "version_3"
 
 
+def test_a_run_behind_a_link_is_found_and_links_upwards_lead_nowhere(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    save_step(tmp_path / "moved" / "version_0" / "checkpoints", 1)
+    (tmp_path / "moved" / "round").symlink_to(tmp_path / "moved")
+    logs.mkdir()
+    for name, target in {"here": ".", "up": "..", "root": "/", "itself": "itself", "nowhere": "gone"}.items():
+        (logs / name).symlink_to(target)
+    with pytest.raises(FileNotFoundError, match="python -m lm fit"):
+        find_run(logs)
+    (logs / "a").symlink_to(tmp_path / "moved")
+    assert find_run(logs) == logs / "a" / "version_0"
+    os.replace(tmp_path / "moved", logs / "t")
+    (logs / "a").unlink()
+    (logs / "a").symlink_to("t")
+    assert find_run(logs) == logs / "t" / "version_0", "its own name, not a link's"
+    os.replace(logs / "t" / "version_0" / "checkpoints", tmp_path / "large")
+    (logs / "t" / "version_0" / "checkpoints").symlink_to(tmp_path / "large")
+    assert find_run(logs) == logs / "t" / "version_0"
+
+
 def test_a_second_run_in_the_same_directory_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     first = lock_run(tmp_path)
     with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {os.getpid()} on "):

@@ -142,6 +142,11 @@ def test_a_setting_that_is_still_to_come_is_refused_unless_it_is_off() -> None:
         ({"attention_bias": True}, "attention_bias=True"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type='llama3'"),
         ({"head_dim": 16}, "head_dim=16"),
+        ({"vocab_size": None}, r"config\.json lacks vocab_size"),
+        ({"hidden_size": "wide"}, r"config\.json: hidden_size='wide' is no size"),
+        ({"num_attention_heads": 5, "num_key_value_heads": None}, r"config\.json: num_heads=5 must divide"),
+        ({"rope_parameters": "default"}, r"config\.json: 'default' are no settings of RoPE"),
+        ({"rope_parameters": {"rope_theta": []}}, r"config\.json: .*float"),
     ],
     ids=str,
 )
@@ -151,6 +156,12 @@ def test_foreign_llamas_are_refused(change: dict, message: str, tmp_path: Path, 
     config = json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(ValueError, match=message):
         config_from_hf(config | change, tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", ["num_key_value_heads", "head_dim", "rope_scaling", "attention_bias"])
+def test_null_in_a_configuration_is_the_default(name: str, tmp_path: Path) -> None:
+    config = make_model().config
+    assert config_from_hf(hf_config(config, 0, "float32") | {name: None}, tmp_path / "config.json") == config
 
 
 def test_missing_and_damaged_directories(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
@@ -165,6 +176,21 @@ def test_missing_and_damaged_directories(tmp_path: Path, small_tokenizer: Tokeni
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 65}))
     with pytest.raises(ValueError, match="not what it says"):
         import_hf(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 1, "num_key_value_heads": 1}))
+    with pytest.raises(ValueError, match="head_dim=8"):
+        import_hf(tmp_path)
+    for text in ("[1]", "null", "{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json is no JSON") as error:
+            import_hf(tmp_path)
+        assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    for size in (len(weights) - 1, len(weights) // 2, 100, 3, 0):
+        (tmp_path / "model.safetensors").write_bytes(weights[:size])
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged") as error:
+            import_hf(tmp_path)
+        assert "\n" not in str(error.value)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="only safetensors"):
         import_hf(tmp_path)

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm import session as command
+from lm.__main__ import main
 from lm.checkpoint import AtomicCheckpointIO
 from lm.generate import (
     Decoder,
@@ -26,6 +27,7 @@ from lm.generate import (
     encode_prompt,
     end_of_text_id,
     generate,
+    ids_without_token,
     sample_batch,
     sample_tokens,
     stream,
@@ -155,8 +157,16 @@ def test_greedy_takes_the_maximum_and_the_first_of_equals() -> None:
     assert probabilities.tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
-def test_a_tiny_temperature_is_greedy_not_nan() -> None:
-    assert Sampling(temperature=1e-30).probabilities(torch.tensor([1e4, 2e4])).tolist() == [0, 1]
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1e-30}, {"temperature": 1e-50}, {"top_p": 1e-50}, {"temperature": 5e-324}], ids=str
+)
+def test_tiny_settings_are_greedy_not_nan(settings: dict) -> None:
+    assert Sampling(**settings).probabilities(torch.tensor([1e4, 2e4])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("temperature", [10**30, 3e38])
+def test_a_huge_temperature_makes_all_alike(temperature: float) -> None:
+    assert Sampling(temperature=temperature).probabilities(torch.tensor([1.0, 2.0])).tolist() == [0.5, 0.5]
 
 
 def test_samples_follow_the_distribution() -> None:
@@ -190,12 +200,14 @@ def test_a_model_that_has_diverged_says_so() -> None:
         ({"temperature": -0.1}, r"temperature=-0\.1 must be"),
         ({"temperature": math.nan}, r"temperature=nan must be"),
         ({"temperature": math.inf}, r"temperature=inf must be"),
+        ({"temperature": 10**400}, r"temperature=10+ must be a number >= 0, within float32"),
         ({"top_p": 0.0}, r"top_p=0\.0 must be in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p=1\.5 must be in \(0, 1\]"),
         ({"top_p": math.nan}, r"top_p=nan"),
         ({"top_k": 0}, r"top_k=0 must be at least 1"),
         ({"min_p": 1.5}, r"min_p=1\.5 must be in \[0, 1\]"),
         ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
+        ({"max_new_tokens": 10**12}, r"max_new_tokens=1000000000000 must be at most 1,000,000"),
         ({"seed": -1}, r"seed=-1 must be in \[0, 2\^63\)"),
     ],
 )
@@ -305,6 +317,18 @@ def test_stream_joins_to_generate_and_never_splits_a_character(monkeypatch: pyte
     assert "猫" in pieces
 
 
+def test_ids_that_only_the_model_has_are_never_drawn() -> None:
+    """A padded vocabulary, of an imported model for one: the rows beyond the tokenizer's, here the most probable."""
+    model = make_model(vocab_size=300)
+    assert ids_without_token(model, BYTES) == list(range(257, 300))
+    with torch.no_grad():
+        model.lm_head.weight[257:] = 100 * model.lm_head.weight[:43]
+    prompts = ["a", "some more of it"]
+    for sampling in (Sampling(temperature=0, max_new_tokens=20), Sampling(max_new_tokens=20, top_k=5)):
+        assert all(generate(model, BYTES, prompts, sampling, num_samples=2))
+        assert "".join(stream(model, BYTES, "a", sampling)) == generate(model, BYTES, "a", sampling)[0]
+
+
 def test_inference_mode_does_not_leak_into_the_caller() -> None:
     for _ in sample_tokens(make_model(), [1], Sampling(max_new_tokens=2)):
         assert not torch.is_inference_mode_enabled()
@@ -362,6 +386,12 @@ def test_command_continues_a_file_of_prompts(
         assert f"--- prompt {i + 1}, sample 1 (seed 3)\n{line}{text}\n" in out
     with pytest.raises(ValueError, match="--prompts goes with no other prompt"):
         command.run("ab", tmp_path / "prompts.txt", checkpoint)
+    (tmp_path / "prompts.txt").write_bytes("a\x0cb\u2028c\u0085d\r\n\r\ne".encode())
+    command.run(prompts=tmp_path / "prompts.txt", ckpt=checkpoint, **settings)
+    out = capsys.readouterr().out
+    assert re.findall(r"--- prompt (\d)", out) == ["1", "2", "3"], "only an end of line ends a prompt"
+    assert "--- prompt 1, sample 1 (seed 3)\na\x0cb\u2028c\u0085d" in out
+    assert "--- prompt 3, sample 1 (seed 3)\ne" in out
     (tmp_path / "prompts.txt").write_text("")
     with pytest.raises(ValueError, match="is empty: write one prompt a line"):
         command.run(prompts=tmp_path / "prompts.txt", ckpt=checkpoint)
@@ -397,7 +427,7 @@ def test_session_answers_again_and_goes_on(
 def test_session_says_what_is_wrong_and_goes_on(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = ["/top_p 7", "/top_p high", "/top_k 1.5", "/nonsense 1", "/seed -1"]
+    wrong = ["/top_p 7", "/top_p high", "/top_k 1.5", "/nonsense 1", "/seed -1", "/max_new_tokens 1000000000000"]
     session(monkeypatch, checkpoint, *wrong, "/help", "/top_k 3", "/top_k none", "/settings", "/quit", "not reached")
     out, err = capsys.readouterr()
     assert out == ""
@@ -407,10 +437,31 @@ def test_session_says_what_is_wrong_and_goes_on(
         "/top_k needs a whole number, not '1.5'",
         "/nonsense is not known: /help says what is",
         "seed=-1 must be in",
+        "max_new_tokens=1000000000000 must be at most 1,000,000",
         "/temperature 0.5  changes a setting",
         "top_k=None top_p=0.95",
     ):
         assert message in err
+
+
+def test_a_session_without_stdin_ends_at_once(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as after `<&-`
+    command.run(ckpt=checkpoint, interactive=True, seed=0)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("Ctrl-D ends\n\n")
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_a_wrong_option_is_one_line_where_a_rank_is_empty(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "")
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "--temprature=1"])
+    assert capsys.readouterr().err == "error: --temprature is no option: did you mean --temperature?\n"
 
 
 def test_ctrl_c_stops_a_text_and_not_the_session(

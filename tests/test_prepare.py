@@ -1,3 +1,4 @@
+import errno
 import gzip
 import hashlib
 import json
@@ -139,6 +140,22 @@ def test_a_changed_text_is_noticed_but_not_a_new_date(data, tmp_path, capsys):
     prepare(train_text=text, data_dir=data, vocab_size=300)
     assert decoded(directory, "train").startswith("Tale 0: the cat")
     assert len(lines(capsys)) == 4
+
+
+def test_a_new_date_is_no_error_where_it_cannot_be_noted(data, tmp_path, capsys, monkeypatch):
+    text = own_text(tmp_path / "mine")
+    prepare(train_text=text, data_dir=data, vocab_size=300)
+    os.utime(text, (1, 1))
+    capsys.readouterr()
+
+    def read_only(path, value):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(module, "write_json", read_only)
+    prepare(train_text=text, data_dir=data, vocab_size=300)
+    assert lines(capsys) == []
+    with pytest.raises(OSError, match="Read-only"):
+        prepare(train_text=text, data_dir=data, vocab_size=301)
 
 
 def test_texts_of_one_name_do_not_overwrite_each_other(data, tmp_path):

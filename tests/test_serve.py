@@ -29,6 +29,7 @@ from tokenizer import Tokenizer
 
 BYTES = Tokenizer({0: b"<|endoftext|>"} | {i + 1: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
 CONFIG = TransformerConfig(vocab_size=257, context_length=32, num_layers=1, num_heads=2, d_model=16, d_ff=32)
+GREEDY = Sampling(temperature=0, max_new_tokens=20)
 INFO = {"path": "logs/toy/version_3/checkpoints/step-000004.ckpt", "step": 4, "metrics": {"val/loss": 1.25}}
 
 
@@ -202,8 +203,17 @@ def test_a_text_goes_on_where_it_was_and_takes_what_was_chosen(server: Server) -
     assert token_ids(other)[0] == 66
 
 
-def test_ids_that_the_tokenizer_lacks_are_named(server: Server) -> None:
+def test_ids_that_the_tokenizer_lacks_are_named_and_not_drawn(server: Server) -> None:
     assert [serve.spell(BYTES, token_id) for token_id in (66, 300)] == ["A", "<id 300>"]
+    torch.manual_seed(0)
+    server.model = TransformerLM(dataclasses.replace(CONFIG, vocab_size=300)).eval()
+    with torch.no_grad():
+        server.model.lm_head.weight[257:] = 100 * server.model.lm_head.weight[:43]
+    pieces, _ = written(server, prompt="ab", max_new_tokens=20, temperature=0)
+    assert max(token_ids(pieces)) < 257
+    assert BYTES.decode(token_ids(pieces)).startswith(generate(server.model, BYTES, "ab", GREEDY)[0])
+    forced, _ = written(server, prompt="ab", forced_ids=[299], max_new_tokens=1)
+    assert forced[0]["tokens"][0]["spelling"] == "<id 299>", "who asks for one by name gets it"
 
 
 def test_each_piece_comes_when_it_is_written(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +315,8 @@ def test_a_server_that_stops_ends_its_texts(server: Server, monkeypatch: pytest.
         (b'{"temperature": true}', "temperature=True is not of the right type"),
         (b'{"temperature": NaN}', "temperature=nan must be a number >= 0"),
         (b'{"temperature": -1}', "temperature=-1 must be"),
+        (b'{"temperature": 1%b}' % (b"0" * 400), "must be a number >= 0"),
+        (b'{"max_new_tokens": 1%b}' % (b"0" * 400), "must be at most 4096 here"),
         (b'{"top_p": 0}', "top_p=0 must be in (0, 1]"),
         (b'{"top_k": 1.5}', "top_k=1.5 is not of the right type"),
         (b'{"seed": -1}', "seed=-1 must be in"),
