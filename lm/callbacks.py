@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lm.accounting import DeviceType, flops_per_token, num_parameters, peak_flops, training_memory_bytes
 from lm.control import RunControl, Stopped
 from lm.device import device_name, matmul_flops
-from lm.generate import Sampling, generate
+from lm.generate import END_OF_TEXT, Sampling, generate
 from lm.module import LanguageModel
 from tokenizer import Tokenizer
 from tokenizer.files import atomic_write
@@ -158,12 +158,30 @@ def matmul_dtype(trainer: Trainer) -> Any:
 # ------------------------------------------------------------------------------------------------------------ showing
 
 
+def say(text: str, error: bool = False) -> None:
+    """Print a line, on stderr if asked to; that its reader has gone, `| head` say, is no reason to end a run."""
+    file = sys.stderr if error else sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
 class Samples(Callback):
     """A text after each validation, the same prompt and seed each time, for TensorBoard and the end of the run."""
 
     def __init__(self, control: RunControl) -> None:
         self.control, self.config = control, control.config
         self.text = ""
+        self.tokenizer: Tokenizer | None = None  # of the dataset as it is now: it may be prepared anew meanwhile
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Load the tokenizer, unless there is nothing to begin a text with."""
+        directory = dataset(trainer).directory
+        if self.config.sample_tokens and trainer.is_global_zero and directory:
+            tokenizer = Tokenizer.from_directory(directory / "tokenizer")
+            if self.config.sample_prompt or END_OF_TEXT in tokenizer.special_ids:
+                self.tokenizer = tokenizer
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Where time is limited, find out what a text takes: the one at the end must fit in."""
@@ -182,13 +200,11 @@ class Samples(Callback):
     def write(self, trainer: Trainer, pl_module: Any) -> bool:
         """Make the text, where the whole model is at hand."""
         sharded = pl_module.device_mesh is not None
-        directory = dataset(trainer).directory
-        if not (self.config.sample_tokens and trainer.is_global_zero and directory) or sharded:
+        if self.tokenizer is None or sharded:
             return False
-        tokenizer = Tokenizer.from_directory(directory / "tokenizer")
         [text] = generate(
             pl_module.model,
-            tokenizer,
+            self.tokenizer,
             self.config.sample_prompt,
             Sampling(temperature=0.8, top_p=0.95, max_new_tokens=self.config.sample_tokens),
         )
@@ -249,7 +265,7 @@ class Progress(ProgressBar):
                 self._task, completed=trainer.global_step, description=self.line(trainer.global_step, trainer.max_steps)
             )
         else:
-            print(self.line(trainer.global_step, trainer.max_steps), file=sys.stderr, flush=True)
+            say(self.line(trainer.global_step, trainer.max_steps), error=True)
 
     def line(self, step: int, max_steps: int) -> str:
         """Step, losses, speed, time left."""
@@ -285,7 +301,7 @@ class Progress(ProgressBar):
             if self._bar:
                 self._bar.console.print(text, highlight=False)
             else:
-                print(text, file=sys.stderr, flush=True)
+                say(text, error=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Clear the line."""
@@ -337,7 +353,7 @@ class RunRecord(Callback):
             return
         source = dataset(trainer).directory / "tokenizer"
         shutil.copytree(source, self.control.directory / "tokenizer", dirs_exist_ok=True)
-        print(header(trainer, pl_module, self.control), flush=True)
+        say(header(trainer, pl_module, self.control))
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The run came to its end."""

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lm import default_config
 from lm.bundle import write_bundle
-from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, duration, figures
+from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, duration, figures, say
 from lm.checkpoint import (
     AtomicCheckpointIO,
     best_checkpoint,
@@ -188,12 +188,12 @@ class CLI(LightningCLI):
                 continue
             self.resumed, self.lock = version, lock
             if first:
-                print(f"resuming {config.ckpt_path}")
+                say(f"resuming {config.ckpt_path}")
             return
         if config.resume == "must":
             fail([f"--resume must: no run in {place} has a good checkpoint; --resume auto starts a new one"])
         if first:
-            print(f"nothing to resume in {place}: starting a new run")
+            say(f"nothing to resume in {place}: starting a new run")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with our callbacks, logger, checkpoint files and process groups."""
@@ -206,7 +206,8 @@ class CLI(LightningCLI):
         self.samples, self.record = Samples(self.control), RunRecord(self.control, self.metrics)
         if fitting and not trainer.fast_dev_run:  # which tries a few batches and writes nothing
             progress = Progress(self.control, self.metrics)
-            extra = [self.metrics, self.samples, progress, self.record, self.control]
+            shown = [progress] if trainer.enable_progress_bar is not False else []
+            extra = [self.metrics, self.samples, *shown, self.record, self.control]
             kwargs["callbacks"] = [*(trainer.callbacks or []), *extra]
         else:
             kwargs |= {"logger": False, "enable_progress_bar": False}
@@ -237,19 +238,19 @@ class CLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            print("a batch of training and one of validation went through; nothing was written")
+            say("a batch of training and one of validation went through; nothing was written")
             return
         control, config = self.control, self.control.config
         tokens = f"{self.trainer.global_step:,} steps, {self.metrics.tokens_seen:,} tokens"
-        print(f"\nfinished: {tokens}, {duration(control.clock.now())} in all")
+        say(f"\nfinished: {tokens}, {duration(control.clock.now())} in all")
         if self.model.validation_result:
-            print(f"validation: {figures(self.model.validation_result)}")
+            say(f"validation: {figures(self.model.validation_result)}")
         if config.bundle == "leaderboard":
             device = device_name(self.trainer.strategy.root_device)
             bundle = write_bundle(control.directory, self.datamodule.directory, device)
-            print(f"to hand in: {bundle}")
+            say(f"to hand in: {bundle}")
         if self.samples.text:
-            print(f"sample:\n{indent(self.samples.text)}")
+            say(f"sample:\n{indent(self.samples.text)}")
         logs = shlex.quote(config.logs)
         elsewhere = config.logs != RunConfig.logs
         following = {
@@ -259,9 +260,9 @@ class CLI(LightningCLI):
             "python -m lm fit --data.train_text my.txt": "your own text",
         }
         width = max(map(len, following))
-        print(f"everything is in {control.directory}\nnext:")
+        say(f"everything is in {control.directory}\nnext:")
         for words, purpose in following.items():
-            print(f"  {words:<{width}}   {purpose}")
+            say(f"  {words:<{width}}   {purpose}")
 
     def validate(self, **kwargs: Any) -> None:
         """The whole validation set."""
@@ -315,7 +316,7 @@ def find_problems(config: Namespace, subcommand: str) -> list[str]:
     if subcommand == "fit":
         problems += run_problems(trainer, schedule, config.run) + update_problems(trainer, config.model)
     for name in ("train_text", "valid_text"):
-        if getattr(data, name) is not None and not Path(getattr(data, name)).is_file():
+        if data.directory is None and getattr(data, name) is not None and not Path(getattr(data, name)).is_file():
             problems.append(f"data.{name}: there is no file {getattr(data, name)}")
     if uses_cuda_graphs(config.model.compile) and trainer.accumulate_grad_batches > 1:
         problems.append(
@@ -347,6 +348,13 @@ def run_problems(trainer: Namespace, schedule: Namespace, run: Namespace) -> lis
         problems.append("model.schedule.follow=clock needs run.max_minutes: there is no clock to follow")
     if schedule.follow == "steps" and trainer.max_steps <= 0:
         problems.append("model.schedule.follow=steps needs trainer.max_steps: set it, or follow the clock")
+    if run.max_minutes is not None and trainer.num_sanity_val_steps in (0, 1):
+        problems.append(
+            f"trainer.num_sanity_val_steps={trainer.num_sanity_val_steps} with run.max_minutes: the time of the last "
+            "validation is reckoned from them; leave it out"
+        )
+    if trainer.logger is False:
+        problems.append("trainer.logger=false: the run's folder is its logger's; leave it out")
     try:
         if is_first_rank():
             check_folder(Path(run.logs))
@@ -357,7 +365,13 @@ def run_problems(trainer: Namespace, schedule: Namespace, run: Namespace) -> lis
 
 def update_problems(trainer: Namespace, model: Namespace) -> list[str]:
     """What no update can do."""
-    problems = []
+    problems = [
+        f"trainer.{name}={trainer[name]} must be at least 1"
+        for name in ("accumulate_grad_batches", "log_every_n_steps")
+        if trainer[name] is not None and trainer[name] < 1
+    ]
+    if trainer.overfit_batches:
+        problems.append(f"trainer.overfit_batches={trainer.overfit_batches}: train on a short text instead")
     if trainer.gradient_clip_algorithm == "value":
         problems.append(
             "trainer.gradient_clip_algorithm=value: only the norm of all gradients can be clipped; leave it out"
@@ -382,6 +396,8 @@ def device_problems(trainer: Namespace) -> list[str]:
         problems.append(f"trainer.accelerator={trainer.accelerator}: this machine has none; use cpu or auto")
     if trainer.accelerator == "mps" and not torch.backends.mps.is_available():
         problems.append("trainer.accelerator=mps: this machine has none; use cpu or auto")
+    if trainer.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
+        problems.append(f"trainer.accelerator={trainer.accelerator}: use auto, cpu, cuda or mps")
     if on_cuda and num_devices(trainer.devices) > torch.cuda.device_count() > 0:
         problems.append(f"trainer.devices={trainer.devices}: this machine has {torch.cuda.device_count()}")
     if str(trainer.precision).startswith(("16", "transformer-engine")) and not on_cuda:
@@ -455,6 +471,9 @@ def main(argv: list[str], started: float) -> int:
             return 0
         print(stop, file=sys.stderr)
         return stop.exit_code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, MisconfigurationException) as error:
         if signals.deferred and not isinstance(error, OSError):  # while training: a fault, not a setting
             raise

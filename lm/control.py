@@ -185,6 +185,7 @@ class RunControl(Checkpoint):
         self.signals = signals or Signals()
         self.validation_pending = False
         self.validation_seconds = 0.0
+        self.num_validations = 0  # whole ones of this process
         self.sample_seconds = 0.0  # of a text, tried out at the start: each validation ends with one
         self.save_seconds = 0.0
         self.best_loss: float | None = None
@@ -215,11 +216,12 @@ class RunControl(Checkpoint):
         """Signals are ours from here on."""
         self._take_signals()
 
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Reckon from the few batches tried how long a whole validation takes, with the text at its end."""
         tried = sum(min(trainer.num_sanity_val_steps, n) for n in trainer.num_val_batches)
-        self.validation_seconds *= sum(trainer.num_val_batches) / max(1, tried)
+        self.validation_seconds *= sum(trainer.num_val_batches) / max(1, tried - 1)
         self.validation_seconds += self.sample_seconds
+        pl_module.validation_result = {}  # of a few batches before the first update
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the signals, go on with the random numbers; with a time limit, measure what saving takes."""
@@ -251,7 +253,8 @@ class RunControl(Checkpoint):
         step = trainer.global_step
         every = self.config.checkpoint_every_n_steps
         validating = self._validates(trainer, step)
-        ending = 0 < trainer.max_steps <= step or self._time_is_up(step, validating)
+        # Something else may have ended the run: a `trainer.max_time`, say.
+        ending = trainer.should_stop or 0 < trainer.max_steps <= step or self._time_is_up(step, validating)
         saving = validating or ending or (every is not None and step % every == 0)
         if saving or self._after_pause or step % self._sync_every(trainer) == 0:
             self._synchronise(trainer, pl_module, step)
@@ -262,7 +265,7 @@ class RunControl(Checkpoint):
             self.save(trainer)
         if self._agreed_signal:
             self._leave(trainer, self._agreed_signal)
-        trainer.should_stop = trainer.should_stop or ending
+        trainer.should_stop = ending
 
     def _leave(self, trainer: Trainer, signum: int) -> NoReturn:
         """End the run on a signal; the checkpoint has been written. SIGUSR1 puts a SLURM job back into the queue."""
@@ -325,7 +328,7 @@ class RunControl(Checkpoint):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure it."""
-        self._began = time.monotonic()
+        self._began = self._first_batch_done = time.monotonic()
 
     def on_validation_batch_end(
         self,
@@ -337,6 +340,8 @@ class RunControl(Checkpoint):
         dataloader_idx: int = 0,
     ) -> None:
         """Leave on a signal: the checkpoint was written before, and says that this validation is still to be done."""
+        if batch_idx == 0:
+            self._first_batch_done = time.monotonic()
         if not self.signals.deferred or batch_idx % self._sync_every(trainer):
             return
         (signum,) = max_over_ranks(trainer, [float(self.signals.received)])
@@ -346,16 +351,18 @@ class RunControl(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Note the loss, and whether it is the best so far."""
         seconds = time.monotonic() - self._began
-        if trainer.sanity_checking:
-            self.validation_seconds = seconds
+        if trainer.sanity_checking:  # the first batch may have been the one that everything is compiled for
+            self.validation_seconds = time.monotonic() - self._first_batch_done
             return
-        self.validation_seconds = max(self.validation_seconds, seconds)
+        # A measured one counts more than one reckoned, or the first, which may have compiled something.
+        self.validation_seconds = seconds if self.num_validations < 2 else max(self.validation_seconds, seconds)
+        self.num_validations += 1
         self.paused_seconds += seconds
         self._after_pause = True
         self.validation_pending = False
         self.last_loss = pl_module.validation_result["val/loss"]
         self.best_loss = self.last_loss if self.best_loss is None else min(self.best_loss, self.last_loss)
-        if trainer.is_global_zero and self.saved is not None:
+        if trainer.is_global_zero and self.saved is not None and self.saved == self._path(trainer):
             note_metrics(self.saved, pl_module.validation_result)
             prune(self.directory, self.config.keep_checkpoints)
         if self.config.max_minutes is not None and trainer.state.fn == "fit":
@@ -368,7 +375,7 @@ class RunControl(Checkpoint):
     def save(self, trainer: Trainer) -> None:
         """Write `checkpoints/step-000500.ckpt`, unless this step has it, and drop those that are no longer kept."""
         began = time.monotonic()
-        path = self.directory / "checkpoints" / f"step-{trainer.global_step:06d}.ckpt"
+        path = self._path(trainer)
         if self.saved == path:
             return
         trainer.save_checkpoint(path)
@@ -379,6 +386,9 @@ class RunControl(Checkpoint):
         self.save_seconds = max(self.save_seconds, seconds)
         self.paused_seconds += seconds
         self._after_pause = True
+
+    def _path(self, trainer: Trainer) -> Path:
+        return self.directory / "checkpoints" / f"step-{trainer.global_step:06d}.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with."""
@@ -409,6 +419,10 @@ class RunControl(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the random number generators' states until training begins: the set-up draws from them."""
         self._restored_rng = checkpoint.get("rng")
+        if trainer.state.fn == "fit" and "loops" in checkpoint:
+            recount_batches(
+                checkpoint["loops"]["fit_loop"], checkpoint["global_step"] * trainer.accumulate_grad_batches
+            )
         path = Path(str(trainer.ckpt_path))
         if path.resolve().parent == (self.directory / "checkpoints").resolve():
             self.saved = self.directory / "checkpoints" / path.name  # what a validation still due is noted beside
@@ -416,7 +430,10 @@ class RunControl(Checkpoint):
     # -------------------------------------------------------------------------------------------------------- end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is left to be saved: signals end the process at once again."""
+        """Save what an epoch's end, say, has left unsaved; from then on signals end the process at once again."""
+        if trainer.global_step > 0 and self.saved != self._path(trainer):
+            self.validation_pending = trainer.enable_validation
+            self.save(trainer)
         self.signals.deferred = False
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -459,3 +476,19 @@ def settle_loops(fit_loop: dict[str, Any], validation_due: bool, validation_pend
         batches[part]["completed"] = batches[part]["processed"]
         begun = int(validation_pending)  # one batch begun, none done: Lightning takes the validation up again
         validation[part].update(ready=begun, started=begun, processed=0, completed=0)
+
+
+def recount_batches(fit_loop: dict[str, Any], num_batches: int) -> None:
+    """Make the counters of Lightning's loops say that so many batches are done: as if each update had taken as many.
+
+    They decide when an update is complete and a validation due, which a run that goes on with another
+    `accumulate_grad_batches` would otherwise get wrong.
+
+    Args:
+        fit_loop: the state of the loops, changed in place.
+        num_batches: updates so far, times the batches of an update from now on.
+    """
+    progress = fit_loop["epoch_loop.batch_progress"]
+    if progress["current"]["processed"] == progress["total"]["processed"] != num_batches:
+        for part in ("total", "current"):
+            progress[part] = dict.fromkeys(progress[part], num_batches)

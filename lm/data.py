@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -215,6 +216,12 @@ class TrainingBatches(Dataset):
         if self.starts_only:
             return torch.from_numpy(starts)
         return get_batch(self.tokens, self.batch_size, self.order.context_length, "cpu", starts)
+
+
+def ignore_signals(worker: int) -> None:
+    """In a worker: signals are for the run, which saves and then ends its workers itself."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class CountFrom:
@@ -459,6 +466,7 @@ class TokenDataModule(pl.LightningDataModule):
             sampler=CountFrom(start),
             batch_size=None,
             num_workers=self.num_workers,
+            worker_init_fn=ignore_signals,
             pin_memory=self._on_cuda and self.tokens_on == "host",
         )
 
@@ -488,6 +496,7 @@ class TokenDataModule(pl.LightningDataModule):
             "train_tokens": splits["train"]["num_tokens"] if "train" in splits else None,
             "context_length": self.context_length,
             "global_batch_size": self.batch_size * self._shard[1],
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,
             "windows": self.windows,
             "seed": self.seed,
         }

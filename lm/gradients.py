@@ -191,7 +191,7 @@ class LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         d_hidden, d_weight = torch.empty_like(hidden), None
-        loss = torch.zeros((), device=hidden.device)
+        loss = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
         rows = max(1, LOGITS // len(weight))
         for h, target, dh in zip(*(x.split(rows) for x in (hidden, targets, d_hidden)), strict=True):
             logits = at_least_float32(h @ weight.T)

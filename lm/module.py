@@ -298,7 +298,7 @@ class LanguageModel(LightningModule):
     # --------------------------------------------------------------------------------------------------- training
 
     def _reset_step(self) -> None:
-        self.step_loss = torch.zeros((), device=self.device)
+        self.step_loss = torch.zeros((), device=self.device, dtype=torch.float32)
         self.grad_norm = torch.zeros((), device=self.device)
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=self.device)
 
@@ -331,10 +331,14 @@ class LanguageModel(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of all gradients together; keep it, on the device, for the log and the check for NaN."""
+        """Clip the norm of all gradients together; keep it, on the device, for the log and the check for NaN.
+
+        A scaler of float16 gradients raises its scale until they overflow, and leaves that update out: no divergence.
+        """
         norm = clip_gradients(self.model.parameters(), gradient_clip_val or math.inf)
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.nonfinite |= ~torch.isfinite(self.grad_norm + self.step_loss)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self.nonfinite |= ~torch.isfinite(self.step_loss if scaled else self.grad_norm + self.step_loss)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all parameters in one group, and the learning rate, stepped once per update."""

@@ -400,10 +400,10 @@ def cosine_schedule(
     >>> [round(cosine_schedule(t, 1.0, 0.1, 2, 6), 3) for t in range(8)]
     [0.0, 0.5, 1.0, 0.868, 0.55, 0.232, 0.1, 0.1]
     """
-    if step < warmup_steps:
-        return step / warmup_steps * max_lr
     if step >= cosine_steps:
         return min_lr
+    if step < warmup_steps:
+        return step / warmup_steps * max_lr
     progress = (step - warmup_steps) / (cosine_steps - warmup_steps)
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
 
@@ -423,10 +423,10 @@ def trapezoid_schedule(
     >>> [round(trapezoid_schedule(t, 1.0, 0.0, 2, 4, 8), 2) for t in range(9)]
     [0.0, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    if step < warmup_steps:
-        return step / warmup_steps * max_lr
     if step >= total_steps:
         return min_lr
+    if step < warmup_steps:
+        return step / warmup_steps * max_lr
     remaining = (total_steps - step) / decay_steps if decay_steps else 1.0
     return min_lr + min(1.0, remaining) * (max_lr - min_lr)
 

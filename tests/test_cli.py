@@ -183,6 +183,12 @@ def test_all_that_is_wrong_is_said_at_once_before_any_data_is_touched(
         (["--trainer.gradient_clip_algorithm=value"], "only the norm of all gradients can be clipped"),
         (["--model.optimizer.head_lr=0.1", "--model.transformer.head=tied"], "head=tied has none of its own"),
         (["--model.optimizer.matrices=muon", "--trainer.strategy=fsdp2"], "muon needs whole matrices"),
+        (["--run.max_minutes=1", "--trainer.num_sanity_val_steps=0"], "num_sanity_val_steps=0 with run.max_minutes"),
+        (["--trainer.logger=false"], "the run's folder is its logger's"),
+        (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0 must be at least 1"),
+        (["--trainer.log_every_n_steps=0"], "trainer.log_every_n_steps=0 must be at least 1"),
+        (["--trainer.overfit_batches=2"], "trainer.overfit_batches=2: train on a short text"),
+        (["--trainer.accelerator=tpu"], "trainer.accelerator=tpu: use auto, cpu, cuda or mps"),
     ],
 )
 def test_settings_that_cannot_work_together_are_refused_before_the_run_has_a_folder(
@@ -284,6 +290,28 @@ def test_the_saved_configuration_makes_the_same_run_again(fit: Run, lm: Run) -> 
     assert fit("--model.transformer.norm=post", "--seed_everything=5") == 0
     assert lm("fit", f"--config={RUN / 'config.yaml'}", "--run.name=again") == 0
     assert rows(Path("logs/again/version_0")) == rows(RUN)
+
+
+def test_a_run_goes_on_and_is_validated_without_its_text(lm: Run, tmp_path: Path) -> None:
+    text = tmp_path / "my.txt"
+    text.write_text("the cat sat on a mat.\n" * 3000)
+    settings = [setting for setting in SETTINGS if "name" not in setting]
+    assert lm("fit", *settings, f"--data.train_text={text}", "--data.vocab_size=300") == 0
+    text.unlink()
+    assert lm("validate") == 0
+    assert lm("fit", "--config=logs/my/version_0/config.yaml") == 0
+
+
+def test_the_bar_can_be_left_out(fit: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    assert fit("--trainer.enable_progress_bar=false") == 0
+    assert "tokens/s" not in capfd.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_does_not_end_a_run(dataset: Path, tmp_path: Path) -> None:
+    words = shlex.join(command("fit", f"--data.directory={dataset}", *SETTINGS))
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{words} 2>&1 | head -1"], cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / RUN / "summary.json").read_text())["status"] == "finished"
 
 
 def test_a_copy_beside_a_run_is_not_resumed(fit: Run) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import stat
 import time
@@ -152,6 +153,83 @@ def test_a_run_ends_in_time_with_slow_validation_text_and_saving(
     if shape == "trapezoid":
         highest = sum(rate == pytest.approx(5e-3) for rate in rates)
         assert highest == pytest.approx(0.7 * len(rates) - 1, abs=1), "the start of the process takes nothing from it"
+
+
+def test_what_is_compiled_for_the_first_batch_does_not_count_as_a_validations_time(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """30 of 60 seconds, and each of 6 batches would take as long; then the first whole validation compiles more."""
+    machine, compiled = SlowMachine(monkeypatch, 0.1, validation=0.1, save=0.3, sample=0.4), [3.0, 30.0]
+
+    def compile_something(module: Any) -> None:
+        if compiled and module.trainer.sanity_checking == (len(compiled) == 2):
+            machine.wait(compiled.pop())
+
+    before(monkeypatch, LanguageModel, "validation_step", compile_something)
+    arguments = ["--trainer.max_steps=100000", "--data.val_batch_size=4", "--run.max_minutes=1"]
+    assert fit(*arguments, "--run.validate_every_n_steps=40", started=95.0) == 0
+    assert summary()["steps"] > 50
+    assert summary()["reserve_seconds"] == pytest.approx(1 + 1.25 * (0.6 + 0.3 + 0.4))
+    assert machine.now - 95 < 60
+
+
+def test_a_run_without_an_update_has_no_figures(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("--run.max_minutes=0.001") == 0
+    assert summary()["validation"] == {} and summary()["steps"] == 0
+    assert "validation: loss" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "ending", [["--trainer.max_time=00:00:00:03"], ["--trainer.max_epochs=1", "--trainer.limit_train_batches=6"]]
+)
+def test_a_run_that_something_else_ends_is_saved_and_validated(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, ending: list[str]
+) -> None:
+    def slowly(module: Any) -> None:
+        time.sleep(0.01)
+
+    before(monkeypatch, LanguageModel, "training_step", slowly)
+    assert fit(*ending, "--trainer.max_steps=100000") == 0
+    last = summary()
+    assert last["steps"] > 4
+    checkpoint = RUN / f"checkpoints/step-{last['steps']:06d}"
+    assert checkpoint.with_suffix(".ckpt").is_file()
+    measured = {row["step"]: row["val/loss"] for row in rows(RUN) if "val/loss" in row}
+    for record in (RUN / "checkpoints").glob("*.json"):
+        noted = json.loads(record.read_text())
+        assert noted["metrics"]["val/loss"] == measured[noted["step"]], "each its own loss"
+    assert last["val_loss"] == measured[last["steps"]]
+
+
+def test_an_overflow_that_a_scaler_of_float16_provokes_is_no_divergence(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning.pytorch.plugins import MixedPrecision
+
+    made, scaler = cli.CLI.instantiate_trainer, torch.amp.GradScaler("cpu", growth_interval=2)
+
+    def with_scaler(self: Any, **kwargs: Any) -> Any:
+        self._get(self.config_init, "trainer").plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+        return made(self, **kwargs)
+
+    monkeypatch.setattr(cli.CLI, "instantiate_trainer", with_scaler)
+    scales = []
+    before(monkeypatch, LanguageModel, "training_step", lambda _: scales.append(scaler.get_scale()))
+    assert fit("--trainer.max_steps=60", "--run.validate_every_n_steps=30") == 0
+    assert any(b < a for a, b in itertools.pairwise(scales)), "an update was left out"
+    assert summary()["val_loss"] < 5.5
+
+
+def test_the_samples_tokenizer_is_the_one_that_the_run_began_with(
+    fit: Fit, dataset: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A corpus may be prepared anew, with another vocabulary, while a run trains on what it has opened."""
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+
+    before(monkeypatch, LanguageModel, "training_step", lambda _: shutil.rmtree(data / "tokenizer", ignore_errors=True))
+    assert fit(f"--data.directory={data}") == 0
+    assert not (data / "tokenizer").exists()
 
 
 @pytest.mark.parametrize(("limit", "longer"), [(12, 0.0), (15, 0.5)])

@@ -2,8 +2,10 @@
 
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -498,7 +500,24 @@ def test_a_corpus_is_prepared_on_one_process_and_found_by_all(dataset: Path, mon
         small.setup("fit")
 
 
-@pytest.mark.parametrize("change", ["none", "batch_size", "seed", "context_length", "windows", "text", "tokenizer"])
+def test_workers_leave_signals_to_the_run(dataset: Path) -> None:
+    """SLURM, systemd and timeout signal every process of a job: a worker that dies of it is an error in the run."""
+    data = TokenDataModule(directory=str(dataset), context_length=16, num_workers=1)
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(worker.pid, signum)
+    for _ in range(20):
+        next(batches)
+    assert worker.is_alive()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["none", "batch_size", "seed", "context_length", "windows", "accumulate_grad_batches", "text", "tokenizer"],
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_checkpoint_of_other_data_is_refused_with_the_difference(dataset: Path, change: str, training: bool) -> None:
     settings: dict[str, Any] = {"directory": str(dataset), "context_length": 16, "batch_size": 4, "seed": 0}
@@ -514,7 +533,10 @@ def test_a_checkpoint_of_other_data_is_refused_with_the_difference(dataset: Path
         edit_meta(dataset, tokenizer_sha256="def")
     after = TokenDataModule(**settings)
     after.setup("fit")
-    after.trainer = SimpleNamespace(training=training, global_rank=0, world_size=1)  # type: ignore[assignment]
+    batches = 2 if change == "accumulate_grad_batches" else 1
+    after.trainer = SimpleNamespace(  # type: ignore[assignment]
+        training=training, global_rank=0, world_size=1, accumulate_grad_batches=batches
+    )
     if change == "none" or (not training and change != "tokenizer"):
         after.load_state_dict(saved)
         return
@@ -528,7 +550,9 @@ def test_a_checkpoint_of_other_data_is_refused_with_the_difference(dataset: Path
 def test_a_checkpoint_whose_batch_grew_is_refused_and_one_that_knows_its_tokenizer_alone_is_not(dataset: Path) -> None:
     data = TokenDataModule(directory=str(dataset), context_length=16)
     data.setup("fit")
-    data.trainer = SimpleNamespace(training=True, global_rank=0, world_size=1)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        training=True, global_rank=0, world_size=1, accumulate_grad_batches=1
+    )
     data.load_state_dict(data.state_dict() | {"batch_schedule": {}})
     with pytest.raises(ValueError, match=r"batch_schedule: checkpoint \{9: 64\}, now there is none"):
         data.load_state_dict(data.state_dict() | {"batch_schedule": {9: 64}})
