@@ -26,7 +26,7 @@ import yaml
 
 from lm.checkpoint import load_model
 from lm.data import open_split, read_meta
-from lm.generate import Sampling, sample_tokens
+from lm.generate import Sampling, ids_without_token, sample_tokens
 from lm.prepare import SOURCES
 from lm.report import Group, Run, number, plot_curves, read_run
 from tokenizer import Tokenizer
@@ -153,7 +153,7 @@ def decode_samples(
         start = index * max(0, len(tokens) - begin - length) // count
         prompt = tokens[start : start + begin].tolist()
         sampling = Sampling(0.8, top_p=0.95, max_new_tokens=length, seed=index)
-        *_, [sample] = sample_tokens(model, prompt, sampling)
+        *_, [sample] = sample_tokens(model, prompt, sampling, barred_ids=ids_without_token(model, tokenizer))
         truth = tokens[start + begin : start + begin + length].tolist()
         samples.append((tokenizer.decode(prompt), tokenizer.decode(sample.token_ids), tokenizer.decode(truth)))
     return samples
