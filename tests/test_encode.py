@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -323,8 +324,10 @@ class TestInterruption:
             os.truncate(tmp_path / ".x.npy.part", 140)
         else:
             errors = "replace"
-        encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy", errors=errors)
+        record = encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy", errors=errors)
         assert read_ids(tmp_path / "x.npy") == tokenizer.encode(text)
+        assert record["text_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+        assert record["num_tokens"] == len(tokenizer.encode(text))
 
     def test_goes_on_with_nothing_that_another_job_wrote(
         self, tokenizer: Tokenizer, tmp_path: Path, tiny_chunks: None, monkeypatch: pytest.MonkeyPatch

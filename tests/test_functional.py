@@ -178,6 +178,20 @@ def test_squared_relu_and_its_gradient():
     assert torch.autograd.grad(y.sum(), x)[0].tolist() == [0.0, 0.0, 1.0, 6.0]
 
 
+def test_the_loss_of_bfloat16_weights_is_summed_in_float32(monkeypatch):
+    """Also where bfloat16 is the default type, as under Lightning's bf16-true, and in many pieces."""
+    hidden, weight, targets = torch.randn(4096, 8), torch.randn(16, 8), torch.randint(16, (4096,))
+    monkeypatch.setattr(gradients_by_hand, "LOGITS", 16 * 16)
+    exact = linear_cross_entropy(hidden.bfloat16().float(), weight.bfloat16().float(), targets)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        ours = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, exact, rtol=2e-3, atol=0)
+
+
 def test_linear_cross_entropy_under_autocast_is_near_float32():
     hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(100, 32, requires_grad=True)
     targets = torch.randint(100, (64,))

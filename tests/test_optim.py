@@ -436,6 +436,12 @@ def test_schedules_without_warm_up_or_decay():
     assert trapezoid_schedule(10, 1.0, 0.1, 0, 0, 10) == 0.1
 
 
+def test_schedules_that_end_within_their_warm_up_end_at_the_minimum():
+    for step, rate in ((39, 0.78), (40, 0.1)):
+        assert cosine_schedule(step, 1.0, 0.1, 50, 40) == pytest.approx(rate)
+        assert trapezoid_schedule(step, 1.0, 0.1, 50, 30, 40) == pytest.approx(rate)
+
+
 def test_schedules_take_fractions_of_a_step():
     assert cosine_schedule(1.5, 1.0, 0.0, 2.0, 4.0) == 0.75
     assert trapezoid_schedule(7.5, 1.0, 0.0, 2.0, 1.0, 8.0) == 0.5

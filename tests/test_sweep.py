@@ -243,21 +243,30 @@ def test_a_run_of_a_job_array_is_known_by_its_configuration(grid: Path, tmp_path
     assert run.meets_another(str(logs))
 
 
-def test_another_experiment_that_began_meanwhile_is_left_alone(
-    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def another_ends_the_last(
+    monkeypatch: pytest.MonkeyPatch, logs: Path, runs: list[PlannedRun], record: dict[str, str] | None = None
 ) -> None:
-    logs = tmp_path / "logs"
-    runs = plan(grid, "cpu")
+    """The first run takes long: meanwhile another sweep ends the last, with this record."""
     makes = finish(logs, "finished").run
 
     def run(command: list[str], **options: object) -> SimpleNamespace:
         if command[command.index("--run.name") + 1] == runs[0].name:
             makes(["--run.name", runs[-1].name])
-            record = {"status": "finished", "experiment": plan(grid, "gpu")[-1].experiment}
-            (logs / "learning_rate" / runs[-1].name / "record.json").write_text(json.dumps(record))
+            if record:
+                (logs / "learning_rate" / runs[-1].name / "record.json").write_text(json.dumps(record))
         return makes(command, **options)
 
     monkeypatch.setattr("lm.sweep.subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+
+
+def test_another_experiment_that_began_meanwhile_is_left_alone(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = tmp_path / "logs"
+    runs = plan(grid, "cpu")
+    another_ends_the_last(
+        monkeypatch, logs, runs, {"status": "finished", "experiment": plan(grid, "gpu")[-1].experiment}
+    )
     with pytest.raises(SystemExit, match=f"1 of 8 runs failed: learning_rate/{runs[-1].name} "):
         sweep(str(grid), scale="cpu", logs=str(logs))
     assert f"{runs[-1].name}: another sweep has begun another experiment there" in capsys.readouterr().out
@@ -285,15 +294,7 @@ def test_a_run_that_another_sweep_makes_is_left_to_it(
 ) -> None:
     logs = tmp_path / "logs"
     runs = plan(grid, "cpu")
-    makes = finish(logs, "finished").run
-
-    def run(command: list[str], **options: object) -> SimpleNamespace:
-        """The first run takes long: meanwhile another sweep has begun the second and ended the last."""
-        if command[command.index("--run.name") + 1] == runs[0].name:
-            makes(["--run.name", runs[-1].name])
-        return makes(command, **options)
-
-    monkeypatch.setattr("lm.sweep.subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    another_ends_the_last(monkeypatch, logs, runs)
     with lock_run(logs / "learning_rate" / runs[1].name):
         sweep(str(grid), scale="cpu", logs=str(logs))
     said = capsys.readouterr().out

@@ -311,6 +311,9 @@ class TokenWriter:
         self.lock = threading.Lock()
         self.handed_in: dict[int, tuple[NDArray[np.uint8], NDArray[Any], Contents, Callable[[], None]]] = {}
         self.busy = False  # a thread appends what has been handed in
+        self._forget()
+
+    def _forget(self) -> None:
         self.done = Done()
         self.text_hash = hashlib.sha256()
         self.saved_at = time.monotonic()
@@ -319,7 +322,7 @@ class TokenWriter:
         """Take nothing over from the part file, nor let a later run do so by the journal of what was in it."""
         self.journal.unlink(missing_ok=True)
         files.flush_folder(self.output.parent)
-        self.saved_at = time.monotonic()
+        self._forget()
 
     def __enter__(self) -> "TokenWriter":
         self.output.parent.mkdir(parents=True, exist_ok=True)
