@@ -77,9 +77,12 @@ def main(argv: list[str]) -> int:
     if sys.platform == "win32":
         print("error: lm runs on Linux and macOS: on Windows, install and run it inside WSL2", file=sys.stderr)
         return 2
-    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
-        if os.environ.get(name) == "":  # Lightning would read a number
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):  # Lightning reads a number
+        if os.environ.get(name) == "":
             del os.environ[name]
+        elif not (rank := os.environ.get(name, "0")).isdecimal():
+            print(f"error: {name}={rank!r} is no rank: `unset {name}`, or see what sets it", file=sys.stderr)
+            return 2
     command = argv[0]
     if command in TRAINING:
         before = signal.getsignal(signal.SIGINT)

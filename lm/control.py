@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lm.accounting import num_parameters
 from lm.checkpoint import check_folder, lock_run, note_metrics, prune, recover, rng_state, set_rng_state
+from lm.generate import LONGEST
 from lm.module import LanguageModel
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -64,8 +65,8 @@ class RunConfig:
         for name in ("max_minutes", "checkpoint_every_n_steps"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if self.sample_tokens < 0:
-            raise ValueError(f"sample_tokens={self.sample_tokens} must not be negative")
+        if not 0 <= self.sample_tokens <= LONGEST:
+            raise ValueError(f"sample_tokens={self.sample_tokens} must be from 0 to {LONGEST:,}")
 
 
 class Stopped(BaseException):  # not an Exception: no library on the way may take it for one of its own errors

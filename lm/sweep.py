@@ -42,7 +42,12 @@ from lm.checkpoint import InUseError, lock_run
 from lm.report import by_version, flatten
 from tokenizer.files import atomic_write
 
-KEYS = {"study", "configs", "grid", "runs", "seeds", "scales", "text", "include"}
+KINDS: dict[str, type] = {
+    **{"study": str, "configs": list, "grid": dict, "runs": list, "seeds": list},
+    **{"scales": dict, "text": str, "include": list},
+}
+RUN_KINDS: dict[str, type] = {"name": str, "configs": list, "settings": dict, "scales": dict}
+KIND_NAMES: dict[type, str] = {str: "a text", list: "a list, [a, b]", dict: "a mapping, {name: value}"}
 TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz")
 DONE = ("finished", "diverged")  # a divergence is a result
 DIVERGED_EXIT_CODE = 3
@@ -115,6 +120,33 @@ def same(said: Any, had: Any) -> bool:
         return False
 
 
+def check_keys(sweep: dict[str, Any], path: Path) -> None:
+    """Refuse what is no sweep: a key that would be ignored, or a value of another kind.
+
+    Raises:
+        ValueError: names the file and the key.
+    """
+
+    def check(what: str, mapping: dict[str, Any], kinds: dict[str, type]) -> None:
+        for key, value in mapping.items():
+            if key not in kinds:
+                raise ValueError(f"{path}: unknown key {key!r}; {what} has {', '.join(sorted(kinds))}")
+            if not isinstance(value, kinds[key]):
+                raise ValueError(f"{path}: {key} of {what} must be {KIND_NAMES[kinds[key]]}, not {value!r}")
+
+    check("a sweep", sweep, KINDS)
+    scales, runs, grid = sweep.get("scales", {}), sweep.get("runs", []), sweep.get("grid", {})
+    check("scales", scales, dict.fromkeys(scales, dict))
+    check("grid", grid, dict.fromkeys(grid, list))
+    for name, scale in scales.items():
+        check(f"scale {name}", {key: scale[key] for key in scale.keys() & KINDS.keys()}, KINDS)
+        check(f"grid of scale {name}", scale.get("grid", {}), dict.fromkeys(scale.get("grid", {}), list))
+    for number, run in enumerate(runs, start=1):
+        check("runs", {f"number {number}": run}, {f"number {number}": dict})
+        check(f"run {number}", run, RUN_KINDS)
+        check(f"scales of run {number}", run.get("scales", {}), dict.fromkeys(scales, dict))
+
+
 def own_texts(folder: Path, name: str) -> dict[str, str]:
     """The settings that train on `folder`/`name`-train.txt and validate on `folder`/`name`-valid.txt (or .gz, .xz).
 
@@ -153,8 +185,7 @@ def plan(path: Path, scale: str | None = None, texts: Path | None = None) -> lis
 
 def _plan(path: Path, scale: str | None, texts: Path | None) -> list[PlannedRun]:
     sweep = read_settings(path)
-    if unknown := set(sweep) - KEYS:
-        raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}; a sweep has {', '.join(sorted(KEYS))}")
+    check_keys(sweep, path)
     if "include" in sweep:
         return [run for name in sweep["include"] for run in plan(path.parent / name, scale, texts)]
     if "study" not in sweep:

@@ -1,6 +1,7 @@
 """The command line: what is listed, what is refused and how, what a bare command takes."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -360,6 +361,16 @@ def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch, name: str) 
     assert is_first_rank()
     monkeypatch.setenv(name, "1")
     assert not is_first_rank()
+
+
+def test_a_rank_is_a_number(lm: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "")
+    assert lm("no such command") == 2
+    assert "LOCAL_RANK" not in os.environ
+    capsys.readouterr()
+    monkeypatch.setenv("RANK", "abc")
+    assert lm("fit") == 2
+    assert capsys.readouterr().err == "error: RANK='abc' is no rank: `unset RANK`, or see what sets it\n"
 
 
 # ---------------------------------------------------------------------------------------------------------- two ranks

@@ -75,7 +75,20 @@ def test_include_chains_studies(grid: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"grids": {}}, "unknown key 'grids'"), ({"study": None}, "`study` is missing"), ({}, "no scale 'tpu'")],
+    [
+        ({"grids": {}}, "unknown key 'grids'; a sweep has configs, grid"),
+        ({"study": None}, "`study` is missing"),
+        ({}, "no scale 'tpu'"),
+        ({"runs": 3}, "runs of a sweep must be a list"),
+        ({"runs": ["a"]}, "number 1 of runs must be a mapping"),
+        ({"runs": [{"name": "a", "setings": {}}]}, "unknown key 'setings'; run 1 has configs, name"),
+        ({"runs": [{"name": "a", "scales": {"cpus": {}}}]}, "unknown key 'cpus'; scales of run 1 has cpu, gpu"),
+        ({"grid": {"model.lr": 3}}, "model.lr of grid must be a list"),
+        ({"scales": {"tpu": {"grid": {"model.lr": 3}}}}, "model.lr of grid of scale tpu must be a list"),
+        ({"scales": {"tpu": {"configs": "a.yaml"}}}, "configs of scale tpu must be a list"),
+        ({"scales": {"tpu": 3}}, "tpu of scales must be a mapping"),
+        ({"seeds": None}, "seeds of a sweep must be a list"),
+    ],
 )
 def test_bad_files_are_named(grid: Path, change: dict[str, object], message: str) -> None:
     content = yaml.safe_load(grid.read_text()) | change
