@@ -448,11 +448,22 @@ def peak_flops(device_name: str, dtype: Dtype = "bfloat16") -> float | None:
         dtype: what the matrix products are computed in; "tf32" is float32 under `set_float32_matmul_precision("high")`.
     """
     words = _words(device_name)
-    if words & {"laptop", "mig", "max", "d"}:  # slower parts under the name of the full one (Max-Q; the 4090 D)
+    # Slower parts under the name of the full one (Max-Q; the 4090 D), and AMD's A10 with Radeon graphics.
+    if words & {"laptop", "mig", "max", "d", "radeon"}:
         return None
     column = {"float32": 1, "tf32": 2, "bfloat16": 3, "float16": 4}[dtype]
     row = next((row for row in _PEAK_TFLOPS if _words(row[0]) <= words), None)
     return float(row[column]) * 1e12 or None if row else None
+
+
+def device_type_of(device_name: str) -> DeviceType:
+    """Whether a name is a processor's or a GPU's, which keep different activations.
+
+    >>> device_type_of("AMD EPYC 9B14"), device_type_of("cpu"), device_type_of("RTX 2080 Ti")
+    ('cpu', 'cpu', 'cuda')
+    """
+    processors = {"cpu", "processor", "xeon", "epyc", "ryzen", "core", "apple"}
+    return "cpu" if _words(device_name) & processors else "cuda"
 
 
 def training_seconds(config: TransformerConfig, num_tokens: float | int, peak: float, mfu: float | int = 0.5) -> float:
@@ -479,10 +490,17 @@ def account(
     mfu: float | int = 0.5,
     num_tokens: float | int | None = None,
 ) -> dict[str, Any]:
-    """All figures of one model, as plain values; arguments as of `run`."""
+    """All figures of one model, as plain values; arguments as of `run`.
+
+    Raises:
+        ValueError: a number that must be positive is not.
+    """
+    for name, value in (("batch_size", batch_size), ("memory_gb", memory_gb), ("num_tokens", num_tokens)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value} must be positive")
     forward = forward_flops(config, batch_size)
     peak = peak_flops(device, dtype)
-    device_type: DeviceType = "cpu" if peak is None else "cuda"
+    device_type = device_type_of(device)
     seconds = training_seconds(config, num_tokens, peak, mfu) if num_tokens and peak else None
     large = 1 << 20  # far beyond the batches that are so small that the update takes the most memory
     memory, smallest, at_large, one_more = (
@@ -514,6 +532,7 @@ def account(
         "memory_gb": memory_gb,
         "largest_batch": largest_batch(config, memory_gb * 1e9, precision=precision, device_type=device_type),
         "device": device,
+        "device_type": device_type,
         "dtype": dtype,
         "peak_flops": peak,
         "mfu": mfu,
@@ -549,7 +568,7 @@ def run(
         activation_checkpointing: keep only the blocks' inputs for the backward pass.
         attention: instead of the model's own; "fused" never holds all its scores.
         memory_gb: the device's memory, 10^9 bytes, for the largest batch.
-        device: for the time, for example H100, A100, "RTX 4090".
+        device: for memory and time, for example H100, A100, "RTX 4090", cpu.
         dtype: of the matrix products; default, float32 in 2025 and TF32 in 2026, or bfloat16 by precision.
         mfu: share of the device's peak that is reached.
         num_tokens: of the whole training; default, 400,000 batches of 1024 for GPT-2, 327,680,000 for the others.
@@ -564,11 +583,12 @@ def run(
         config = config_from_yaml(*map(Path, name.split(","))) if is_file else named_config(name, rules)
         config = dataclasses.replace(
             config,
-            context_length=context_length or config.context_length,
+            context_length=config.context_length if context_length is None else context_length,
             activation_checkpointing=activation_checkpointing or config.activation_checkpointing,
             attention=attention or config.attention,
         )
-        tokens = num_tokens or (400_000 * 1024 * config.context_length if name in _GPT2 else 327_680_000)
+        tokens: float | int = 400_000 * 1024 * config.context_length if name in _GPT2 else 327_680_000
+        tokens = tokens if num_tokens is None else num_tokens
         pages[name] = account(config, batch_size, precision, device, dtype, memory_gb, mfu, tokens)
     if json:
         print(json_format.dumps(pages, indent=1))
@@ -607,7 +627,8 @@ def _print_page(name: str, page: dict[str, Any]) -> None:
         (m["name"], m["formula"], str(m["bytes_per_element"]), f"{m['num_bytes'] / 1e9:,.3f}") for m in page["memory"]
     ]
     memory.append(("peak", "", "", f"{page['memory_bytes'] / 1e9:,.3f}"))
-    title = f"Memory of a training step, {page['precision']}, batch size {page['batch_size']}"
+    kind = "a CPU" if page["device_type"] == "cpu" else "a GPU"
+    title = f"Memory of a training step on {kind}, {page['precision']}, batch size {page['batch_size']}"
     console.print(_table(title, ["part", "elements", "bytes each", "GB"], memory))
     slope = page["memory_bytes_per_sequence"]
     constant, least = page["memory_bytes_fixed"], page["memory_bytes_at_least"]

@@ -400,7 +400,11 @@ def device_problems(trainer: Namespace) -> list[str]:
         problems.append(f"trainer.accelerator={trainer.accelerator}: use auto, cpu, cuda or mps")
     if on_cuda and num_devices(trainer.devices) > torch.cuda.device_count() > 0:
         problems.append(f"trainer.devices={trainer.devices}: this machine has {torch.cuda.device_count()}")
-    if str(trainer.precision).startswith(("16", "transformer-engine")) and not on_cuda:
+    if str(trainer.precision) == "16-true":
+        problems.append(
+            "trainer.precision=16-true cannot train, AdamW's eps is 0 in float16: use 16-mixed or bf16-true"
+        )
+    elif str(trainer.precision).startswith(("16", "transformer-engine")) and not on_cuda:
         problems.append(f"trainer.precision={trainer.precision} needs a GPU: use 32-true or bf16-mixed")
     return problems
 

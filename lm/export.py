@@ -158,8 +158,9 @@ def hf_config(config: TransformerConfig, end: int | None, dtype: str) -> dict[st
 
 
 def hf_generation_config(end: int | None) -> dict[str, Any]:
-    """`generation_config.json`, with the defaults of `python -m lm generate`."""
-    return {"bos_token_id": end, "eos_token_id": end, "do_sample": True, "temperature": 0.8, "top_p": 0.95}
+    """`generation_config.json`, with the defaults of `python -m lm generate`: without `top_k`, 50 would be taken."""
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
+    return {"bos_token_id": end, "eos_token_id": end, **sampling}
 
 
 def hf_tokenizer_config(tokenizer: Tokenizer, config: TransformerConfig, end: int | None) -> dict[str, Any]:

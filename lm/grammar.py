@@ -448,8 +448,8 @@ def write_corpus(path: str | os.PathLike[str], num_bytes: int, seed: int) -> dic
     Returns:
         num_bytes, num_documents, and entropy_bits_per_byte: -log2 of the probability of the file over its bytes. All
         bytes count, the separators too (they are certain and add no bits), as in `val/bits_per_byte`, which is the
-        total nats over all predicted tokens / ln 2 / the bytes of the split's text. The two differ in one detail:
-        the first token of a file is never predicted, but the few bits of its choice are part of the entropy here.
+        mean nats of a predicted token times all tokens / ln 2 / the bytes of the split's text. The two differ in one
+        detail: the first token of a file is never predicted and counts as a mean one there.
     """
     rng = random.Random(seed)
     written, num_documents, nats = 0, 0, 0.0

@@ -168,15 +168,22 @@ class RotaryPositionalEmbedding(Module):
         super().__init__()
         if d_k % 2:
             raise ValueError(f"d_k={d_k} must be even: RoPE rotates pairs of components")
-        frequencies = theta ** (-torch.arange(0, d_k, 2, dtype=torch.float64) / d_k)
-        angles = torch.arange(max_seq_len, dtype=torch.float64)[:, None] * frequencies
-        self.register_buffer("cos", angles.cos().to(device, torch.float32), persistent=False)
-        self.register_buffer("sin", angles.sin().to(device, torch.float32), persistent=False)
+        self.theta, self.d_k, self.max_seq_len = theta, d_k, max_seq_len
+        cos, sin = self.tables(device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def tables(self, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all angles, (max_seq_len, d_k / 2), rounded to float32 once."""
+        frequencies = self.theta ** (-torch.arange(0, self.d_k, 2, dtype=torch.float64) / self.d_k)
+        angles = torch.arange(self.max_seq_len, dtype=torch.float64)[:, None] * frequencies
+        return angles.cos().to(device, torch.float32), angles.sin().to(device, torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryPositionalEmbedding":
         cos, sin = self.cos, self.sin
         super()._apply(fn, recurse)
-        self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
+        device = self.cos.device
+        self.cos, self.sin = self.tables(device) if cos.is_meta else (cos.to(device), sin.to(device))
         return self
 
     def forward(
@@ -228,8 +235,8 @@ class LayerCache:
         A sequence sees no more than its own positions if the caller masks the rest.
         """
         index = positions[:, None, :, None].expand_as(k)
-        self.keys.scatter_(2, index, k)
-        self.values.scatter_(2, index, v)
+        self.keys.scatter_(2, index, k.to(self.keys.dtype))  # under autocast they come in another one
+        self.values.scatter_(2, index, v.to(self.values.dtype))
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def rows(self, which: slice) -> "LayerCache":

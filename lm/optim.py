@@ -74,6 +74,8 @@ class AdamW(Optimizer):
         ValueError: a negative `lr`, `eps` or `weight_decay`, or a beta outside [0, 1).
     """
 
+    COPIED: tuple[str, ...] = ("rates", "compiled")
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -92,6 +94,10 @@ class AdamW(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.rates = dict(rates or {})
         self.compiled = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: torch's optimizers name their own attributes only."""
+        return super().__getstate__() | {name: getattr(self, name) for name in self.COPIED}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -301,6 +307,8 @@ class Muon(AdamW):
         ValueError: a matrix with other than two dimensions, or one of which this process has a part only (FSDP).
     """
 
+    COPIED = (*AdamW.COPIED, "matrices", "momentum")
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -441,7 +449,8 @@ def clip_gradients(params: Iterable[Tensor], max_norm: float, eps: float = 1e-6)
     gradients = [param.grad for param in params if param.grad is not None]
     if not gradients:
         return torch.zeros(())
-    norm = torch.stack(torch._foreach_norm(gradients)).square().sum().sqrt()
+    norms = torch.stack(torch._foreach_norm(gradients))
+    norm = norms.to(torch.promote_types(norms.dtype, torch.float32)).square().sum().sqrt()
     if hasattr(norm, "full_tensor"):  # the gradients are sharded, under FSDP: sum over the processes
         norm = norm.full_tensor()
     factor = (max_norm / (norm + eps)).clamp(max=1.0)

@@ -93,6 +93,7 @@ def test_handouts_time_on_one_a100() -> None:
         ("Tesla V100-SXM2-16GB", "bfloat16", None),
         ("Tesla V100-SXM2-16GB", "float16", 125),
         ("NVIDIA RTX 9999", "float32", None),
+        ("AMD A10-7850K Radeon R7, 12 Compute Cores 4C+8G", "float32", None),
         ("", "float32", None),
     ],
 )
@@ -190,6 +191,23 @@ def test_page_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     accounting.run("gpt2-xl", rules="2025", context_length=16_384, attention="fused", json=True)
     fused = json.loads(capsys.readouterr().out)["gpt2-xl"]
     assert fused["memory_bytes"] < 0.1 * page["memory_bytes"]
+
+
+def test_memory_does_not_depend_on_whether_the_peak_is_known() -> None:
+    config = named_config("gpt2-medium")
+    pages = [accounting.account(config, 8, device=device) for device in ("H100", "V100", "RTX 5080")]
+    assert [page["peak_flops"] is None for page in pages] == [False, True, True]
+    assert len({page["memory_bytes"] for page in pages}) == 1
+    assert accounting.account(config, 8, device="cpu")["memory_bytes"] < pages[0]["memory_bytes"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"batch_size": -8}, {"memory_gb": 0.0}, {"num_tokens": 0.0}, {"context_length": 0}]
+)
+def test_figures_of_nothing_are_refused(options: dict[str, float | int]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value} must be positive"):
+        accounting.run("gpt2-small", **options)  # type: ignore[arg-type]
 
 
 def test_page_in_words(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from toy import SETTINGS, command, make_dataset
 
 from lm import __main__
 from lm.checkpoint import best_checkpoint
-from lm.cli import default_run_name
+from lm.cli import default_run_name, device_problems
 from lm.options import explain, is_first_rank
 from lm.ranks import num_devices
 from tokenizer.__main__ import main as tokenizer_main
@@ -352,6 +352,13 @@ def test_a_trial_run_writes_nothing(fit: Run, tmp_path: Path, capfd: pytest.Capt
     assert fit("--trainer.fast_dev_run=true") == 0
     assert "went through" in capfd.readouterr().out
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_float16_weights_are_refused_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    (problem,) = device_problems(Namespace(accelerator="auto", devices=1, precision="16-true"))
+    assert problem.startswith("trainer.precision=16-true cannot train")
+    assert not device_problems(Namespace(accelerator="auto", devices=1, precision="16-mixed"))
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])

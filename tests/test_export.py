@@ -81,6 +81,10 @@ def test_transformers_loads_the_same_model(head: str, tmp_path: Path, small_toke
     )
     expected = generate(ours, small_tokenizer, "the cat", Sampling(temperature=0, max_new_tokens=20))[0]
     assert small_tokenizer.decode(text[0, prompt.shape[1] :].tolist()).removesuffix("<|endoftext|>") == expected
+    theirs.lm_head.weight.data *= 1e-3  # all tokens about equally probable: no top_k leaves only the first of them
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 1, "pad_token_id": 0}
+    drawn = theirs.generate(prompt, num_return_sequences=400, **options)[:, -1]
+    assert len(set(drawn.tolist())) > 100
     assert {path.name for path in tmp_path.iterdir()} >= {
         "README.md",
         "config.json",

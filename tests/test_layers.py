@@ -131,6 +131,11 @@ def test_rope_scores_depend_on_the_distance_only():
     assert scores[5, 2] != pytest.approx(float((q * k).sum()), abs=1e-3)
 
 
+def test_rope_made_without_memory_has_its_tables_when_it_gets_some():
+    rope = RotaryPositionalEmbedding(10_000.0, 8, 32, device="meta").to_empty(device="cpu")
+    assert torch.equal(rope.cos, RotaryPositionalEmbedding(10_000.0, 8, 32).cos)
+
+
 def test_rope_keeps_lengths_and_starts_at_the_identity():
     rope = RotaryPositionalEmbedding(10_000.0, 16, 64)
     x = torch.randn(64, 16)

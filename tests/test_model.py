@@ -133,6 +133,18 @@ def test_the_cache_can_be_rewound():
     torch.testing.assert_close(model(token_ids[:, 4:], cache), model(token_ids)[:, 4:], rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_cache_takes_what_autocast_makes():
+    model = small_model()
+    token_ids = torch.randint(40, (2, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.make_cache(2)
+        model(token_ids[:, :4], cache)
+        cache.length = 5
+        last = model(token_ids[:, 4:], cache, token_positions=torch.tensor([[4], [4]]))
+        torch.testing.assert_close(last, model(token_ids)[:, 4:], rtol=0.05, atol=0.05)
+
+
 def test_too_many_positions_are_refused():
     model = small_model()
     with pytest.raises(ValueError, match="13 tokens after 0 exceed the context_length=12"):

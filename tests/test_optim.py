@@ -463,6 +463,29 @@ def test_clipping_equals_torch(max_norm):
     assert parameters[-1].grad is None
 
 
+def test_clipping_float16_gradients_whose_squares_are_beyond_it():
+    parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    parameter.grad = torch.full((4,), 150.0, dtype=torch.float16)
+    assert clip_gradients([parameter], max_norm=1.0) == 300
+    assert parameter.grad.tolist() == [0.5] * 4
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_copied_optimizer_goes_on_with_the_copied_parameters(kind):
+    parameter = torch.nn.Parameter(torch.ones(3, 3))
+    own = {"rates": {parameter: 0.5}, "lr": 0.1}
+    optimizer = AdamW([parameter], **own) if kind == "adamw" else Muon([parameter], [parameter], **own)
+    parameter.grad = torch.eye(3)
+    optimizer.step()
+    copied = copy.deepcopy(optimizer)
+    ((other,),) = (group["params"] for group in copied.param_groups)
+    other.grad = torch.eye(3)
+    copied.step()
+    assert not torch.equal(other, parameter)
+    optimizer.step()
+    assert torch.equal(other, parameter)
+
+
 def test_clipping_a_generator_and_nothing():
     parameter = nn.Parameter(torch.zeros(2))
     assert clip_gradients([parameter], 1.0) == 0
