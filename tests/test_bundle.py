@@ -111,3 +111,12 @@ def test_openwebtext_is_told_by_its_hashes_not_by_the_name_of_a_folder() -> None
     assert deviations(H100, train_sha256="0", **{"data.train_text": "my.txt"}) == [
         "the data is my.txt, not OpenWebText"
     ]
+
+
+def test_a_run_without_a_cap_deviates(monkeypatch: pytest.MonkeyPatch) -> None:
+    summary: dict[str, Any] = {"settings": {"world_size": 1}, "steps": 1, "tokens": 1, "parameters": 1}
+    summary |= {"val_loss": 3.0, "validation": {}, "used_seconds": 9999.0, "budget_seconds": None}
+    splits = {name: {"num_tokens": 100, "text_sha256": source.text_sha256} for name, source in SOURCES["owt"].items()}
+    meta = {"vocab_size": 32_000, "splits": splits}
+    result = bundle.describe_result(Run("x", Path("x"), OURS, [], summary), meta, {"device": H100})
+    assert result["deviations"] == ["more than 90 minutes"]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lm.callbacks import MetricsLog, Progress
 from lm.control import RunConfig, RunControl
 from lm.model import TransformerConfig
 from lm.module import LanguageModel
+from tokenizer import Tokenizer
 
 RUN = Path("logs/toy/version_0")
 Fit = Callable[..., int]
@@ -189,3 +191,34 @@ def test_a_run_that_fails_says_so_in_its_summary(fit: Fit, monkeypatch: pytest.M
     monkeypatch.setattr("lm.module.LanguageModel.training_step", fail)
     assert fit() == 1
     assert json.loads((RUN / "summary.json").read_text())["status"] == "failed"
+
+
+def test_several_devices_share_the_peak_that_mfu_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callbacks, "device_flops", lambda trainer: 1e12)
+    config = TransformerConfig(257, 16, 1, 2, 8, 16)
+
+    def share(world_size: int) -> float:
+        log = MetricsLog(RunControl(RunConfig()))
+        log.path = tmp_path / "metrics.jsonl"
+        trainer: Any = MagicMock(Trainer, is_global_zero=False, log_every_n_steps=1, world_size=world_size)
+        log.on_train_start(trainer, MagicMock(transformer=config))
+        return log.flops_share
+
+    assert share(1) == pytest.approx(2 * share(2))
+
+
+def test_a_file_gets_a_line_of_progress_every_ten_seconds_and_no_oftener(
+    fit: Fit, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--trainer.log_every_n_steps=1") == 0
+    assert capfd.readouterr().err.count("tokens/s") <= 1
+
+
+def test_no_text_is_sampled_where_there_is_nothing_to_begin_one_with(tmp_path: Path) -> None:
+    Tokenizer({i: bytes([i]) for i in range(256)}, []).save(tmp_path / "tokenizer")
+    trainer: Any = MagicMock(Trainer, is_global_zero=True)
+    trainer.datamodule = MagicMock(directory=tmp_path)
+    for prompt, loaded in (("", False), ("a", True)):
+        samples = callbacks.Samples(RunControl(RunConfig(sample_prompt=prompt)))
+        samples.setup(trainer, None, "fit")
+        assert (samples.tokenizer is not None) == loaded

@@ -333,7 +333,7 @@ def test_a_checkpoint_given_by_name_begins_a_run_of_its_own(fit: Run, lm: Run) -
 
 def test_devices_are_counted_as_lightning_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert [num_devices(devices) for devices in (2, "2", "auto", -1, [0, 1, 2], "0,2")] == [2, 2, 4, 4, 3, 2]
+    assert [num_devices(devices) for devices in (2, "2", "auto", -1, [0, 1, 2], "0,2", "0,")] == [2, 2, 4, 4, 3, 2, 1]
 
 
 @pytest.mark.parametrize(

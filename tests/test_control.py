@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -450,3 +451,44 @@ def test_a_changed_learning_rate_takes_effect_on_resume_and_a_changed_model_is_r
 def test_settings_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RunConfig(**setting)
+
+
+def test_the_first_of_several_signals_counts() -> None:
+    signals = Signals()
+    signals.deferred = True
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signals._handle(signum, None)
+    assert signals.received == signal.SIGTERM
+
+
+@pytest.mark.parametrize("kept", [1, 4])
+def test_as_many_checkpoints_are_kept_as_the_setting_says(fit: Fit, kept: int) -> None:
+    assert (
+        fit(
+            "--run.checkpoint_every_n_steps=1",
+            "--run.validate_every_n_steps=1000",
+            f"--run.keep_checkpoints={kept}",
+            "--trainer.max_steps=6",
+            "--trainer.limit_val_batches=0",
+        )
+        == 0
+    )
+    assert len(list((RUN / "checkpoints").glob("*.ckpt"))) == kept
+
+
+def test_when_training_has_ended_a_signal_ends_the_process_at_once() -> None:
+    run = RunControl(RunConfig())
+    run.signals.deferred = True
+    run.on_train_end(MagicMock(Trainer, global_step=0), MagicMock(LanguageModel))
+    with pytest.raises(Stopped):
+        run.signals._handle(signal.SIGINT, None)
+
+
+def test_one_rank_alone_asks_slurm_to_start_the_job_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(control, "requeue_job", lambda: asked.append(True))
+    for first in (True, False):
+        with pytest.raises(Stopped):
+            RunControl(RunConfig())._leave(MagicMock(Trainer, is_global_zero=first), signal.SIGUSR1)
+    assert asked == [True]

@@ -559,3 +559,20 @@ def test_a_checkpoint_whose_batch_grew_is_refused_and_one_that_knows_its_tokeniz
     data.load_state_dict({"tokenizer_sha256": data.meta["tokenizer_sha256"]})  # of an imported model
     with pytest.raises(ValueError, match="trained on other data: tokenizer_sha256: checkpoint another"):
         data.load_state_dict({"tokenizer_sha256": "another"})
+
+
+def test_ranks_share_the_validation_and_count_in_the_batch(dataset: Path) -> None:
+    data = TokenDataModule(directory=str(dataset), context_length=16, batch_size=4)
+    data.setup("fit")
+    targets, sizes = [], []
+    for rank in range(2):
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            global_rank=rank,
+            world_size=2,
+            accumulate_grad_batches=1,
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        )
+        targets.append(sum(int(num) for *_, num in data.val_dataloader()))
+        sizes.append(data.fingerprint()["global_batch_size"])
+    assert sum(targets) == data.meta["splits"]["valid"]["num_tokens"] - 1
+    assert sizes == [8, 8]

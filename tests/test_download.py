@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 
 import pytest
+from toy import disk_calls, flushed_before_it_was_named
 
 from lm import download as module
 from lm.download import decompress, download
@@ -99,15 +100,21 @@ def no_length(handler, script):
     handler.wfile.write(script.data)
 
 
-def drip(handler, script):
-    handler.answer(200, {"Content-Length": str(len(script.data)), "ETag": script.etag})
-    try:
-        for i in range(200):
-            handler.wfile.write(script.data[i : i + 1])
-            handler.wfile.flush()
-            time.sleep(0.02)
-    except OSError:
-        pass  # the client has given up, as it should
+def drip_after(num_bytes):
+    """Send so many bytes at once, then one every 20 ms, for 3 s."""
+
+    def behave(handler, script):
+        handler.answer(200, {"Content-Length": str(len(script.data)), "ETag": script.etag})
+        handler.wfile.write(script.data[:num_bytes])
+        try:
+            for i in range(num_bytes, num_bytes + 150):
+                handler.wfile.write(script.data[i : i + 1])
+                handler.wfile.flush()
+                time.sleep(0.02)
+        except OSError:
+            pass  # the client has given up, as it should
+
+    return behave
 
 
 def hang_up(handler, script):
@@ -310,11 +317,12 @@ def test_only_https_is_asked(tmp_path, url):
         download(url, tmp_path / "file.bin")
 
 
-def test_a_slow_drip_is_given_up(server, tmp_path, monkeypatch):
+@pytest.mark.parametrize("quick", [0, 100_000])
+def test_a_slow_drip_is_given_up(server, tmp_path, monkeypatch, quick):
     monkeypatch.setattr(module, "STALL_SECONDS", 0.2)
-    server.behaviours = [drip, "serve"]
+    server.behaviours = [drip_after(quick), "serve"]
     download(server.url, tmp_path / "file.bin", sha256=SHA256)
-    assert server.requests[1][1].startswith("bytes=")
+    assert quick <= int(server.requests[1][1].strip("bytes=-")) < quick + 120
 
 
 def test_silence_is_given_up(server, tmp_path, monkeypatch):
@@ -390,3 +398,22 @@ def test_what_is_not_the_packed_text_is_refused(tmp_path, packed, expected, mess
     with pytest.raises(ValueError, match=re.escape(message)):
         decompress(tmp_path / "a.gz", tmp_path / "a.txt", **expected)
     assert names(tmp_path) == ["a.gz"]
+
+
+def test_the_file_is_on_the_device_before_it_has_its_name(server, tmp_path, monkeypatch):
+    calls = disk_calls(monkeypatch)
+    download(server.url, tmp_path / "file.bin", sha256=SHA256)
+    assert flushed_before_it_was_named(calls, "file.bin")
+
+
+def test_a_weak_etag_is_no_version_to_resume_with(server, tmp_path):
+    server.etag = 'W/"v1"'
+    server.behaviours = [cut_after(5000), "serve"]
+    download(server.url, tmp_path / "file.bin", sha256=SHA256)
+    assert server.requests[1][1] is None
+
+
+def test_a_file_of_another_length_is_refused_before_it_is_fetched(server, tmp_path):
+    with pytest.raises(ValueError, match="not the file that is wanted"):
+        download(server.url, tmp_path / "file.bin", num_bytes=100)
+    assert not list(tmp_path.glob("file.bin*"))

@@ -1,6 +1,7 @@
 """`encode_files`: equal to `Tokenizer.encode`, whatever the threads, chunks, shards, interruptions and bad files."""
 
 import errno
+import fcntl
 import gzip
 import hashlib
 import json
@@ -9,11 +10,13 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from toy import disk_calls
 
 from tokenizer import Tokenizer, encode, reference
 from tokenizer.encode import Shard, encode_files
@@ -447,3 +450,72 @@ def test_four_times_the_text_takes_no_more_memory(tokenizer: Tokenizer, tmp_path
     assert child.returncode == 0, child.stderr
     small, large = map(int, child.stdout.split())
     assert large - small < 25_000  # of 72 MB
+
+
+def test_ids_are_on_the_device_before_anything_says_that_they_are_there(
+    tokenizer: Tokenizer, tmp_path: Path, tiny_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "JOURNAL_SECONDS", -1.0)
+    calls = disk_calls(monkeypatch)
+    (tmp_path / "x.txt").write_bytes(random_text(1, 100).encode())
+    encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy", num_threads=1)
+    named = [i for i, (_, _, name) in enumerate(calls) if name in (".x.npy.journal", "x.npy")]
+    assert len(named) > 3
+    assert calls[named[-1]][2] == "x.npy"
+    ids = calls[named[-1]][1]
+    for i in named:
+        written = max(j for j in range(i) if calls[j][0] == "write")
+        assert ("flush", ids, "") in calls[written:i]
+    described = [name for _, _, name in calls].index("meta.json")
+    assert ("flush", tmp_path.stat().st_ino, "") in calls[named[-1] : described]
+
+
+def test_nothing_remains_of_a_journal_that_was_being_written(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("low")
+    (tmp_path / "..x.npy.journal.1234.part").touch()
+    encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.txt", "x.npy", "meta.json"}
+
+
+def test_processes_that_describe_one_dataset_wait_for_each_other(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("low")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    other = threading.Thread(target=encode_files, args=(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy"))
+    other.start()
+    other.join(0.5)
+    waits = not (tmp_path / "meta.json").exists()
+    os.close(folder)
+    other.join()
+    assert waits
+    assert (tmp_path / "meta.json").exists()
+
+
+def test_of_two_errors_the_first_in_the_text_is_said(
+    tokenizer: Tokenizer, tmp_path: Path, tiny_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.txt").write_bytes(b"\xff" + b"low " * 30 + b"\xff " + b"low " * 30)
+    check, second = encode.ShardReader.check, threading.Event()
+
+    def slow_at_first(self: Any, chunk: Any) -> Any:
+        if chunk.offset == 0:
+            second.wait(5)
+        try:
+            return check(self, chunk)
+        except ValueError:
+            second.set()
+            raise
+
+    monkeypatch.setattr(encode.ShardReader, "check", slow_at_first)
+    with pytest.raises(ValueError, match="at byte 0 "):
+        encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy", num_threads=2)
+
+
+def test_a_write_that_takes_a_part_is_gone_on_with(
+    tokenizer: Tokenizer, tmp_path: Path, tiny_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, pwrite = random_text(1, 100), os.pwrite
+    (tmp_path / "x.txt").write_bytes(text.encode())
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, position: pwrite(fd, data[:7], position))
+    encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy")
+    assert read_ids(tmp_path / "x.npy") == tokenizer.encode(text)

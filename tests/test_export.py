@@ -21,6 +21,7 @@ from lm.export import (
     require_llama,
     run,
     run_import,
+    training_settings,
     weight_names,
 )
 from lm.generate import Sampling, generate
@@ -290,3 +291,16 @@ def test_an_imported_model_trains_on_where_it_was(tmp_path: Path, monkeypatch: p
     assert found[0]["step"] == 1
     assert found[0]["train/loss"] == pytest.approx(trained, abs=0.3)
     assert found[-1]["val/loss"] < trained + 0.05
+
+
+def test_gguf_says_what_ids_the_tokenizer_has_not(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    gguf = pytest.importorskip("gguf")
+    export_gguf(make_model(), small_tokenizer, tmp_path / "model.gguf")
+    types = gguf.GGUFReader(tmp_path / "model.gguf").get_field("tokenizer.ggml.token_type").contents()
+    kinds = gguf.TokenType
+    assert types == [kinds.CONTROL] + [kinds.NORMAL] * 261 + [kinds.UNUSED] * 8
+
+
+def test_a_model_card_names_ones_own_text_without_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("data: {corpus: builtin, train_text: /home/me/diary.txt}")
+    assert training_settings(tmp_path)["data"] == {"corpus": "diary.txt"}

@@ -367,3 +367,19 @@ class TestAtomicWrite:
             monkeypatch.setattr(os, name, real)
             assert [path.name for path in tmp_path.iterdir()] == ["x"]
             assert (tmp_path / "x").read_text() == "old"
+
+
+def test_everything_is_flushed_to_the_device_before_the_file_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size) or fsync(fd))
+    with files.atomic_write(tmp_path / "x") as file:
+        file.write(b"12345")
+    assert sizes[0] == 5
+
+
+def test_a_special_token_of_one_byte_stays_a_byte_in_tiktokens_format(tmp_path: Path) -> None:
+    vocab = dict(enumerate(bytes([byte]) for byte in range(256)))
+    files.write_tiktoken(tmp_path / "x.tiktoken", vocab, [], ["a"])
+    assert files.read_tiktoken(tmp_path / "x.tiktoken", ["a"]) == (vocab, [])

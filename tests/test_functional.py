@@ -207,3 +207,13 @@ def test_linear_cross_entropy_under_autocast_is_near_float32():
 
 def test_perplexity_is_the_number_of_equally_likely_tokens():
     torch.testing.assert_close(perplexity(torch.zeros(3, 4, 17), torch.zeros(3, 4).long()), torch.tensor(17.0))
+
+
+def test_linear_cross_entropy_of_bfloat16_is_summed_in_float32() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(200, 64).bfloat16().requires_grad_()
+    weight = torch.randn(1000, 64).bfloat16()
+    loss = linear_cross_entropy(hidden, weight, targets := torch.randint(1000, (200,)))
+    expected = cross_entropy((hidden @ weight.T).double(), targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -532,3 +532,17 @@ def test_command_without_a_run_or_a_tokenizer(checkpoint: Path, tmp_path: Path) 
     larger.save(tmp_path / "larger")
     with pytest.raises(ValueError, match=r"vocab_size=258.*257.*another tokenizer"):
         command.run("a", ckpt=tmp_path / "moved.ckpt", tokenizer=tmp_path / "larger")
+
+
+def test_of_equal_logits_the_smaller_ids_stay() -> None:
+    kept = Sampling(top_k=3).probabilities(torch.zeros(1000)).nonzero().flatten()
+    assert kept.tolist() == [0, 1, 2]
+
+
+def test_a_model_with_a_padded_vocabulary_is_loaded_with_its_smaller_tokenizer(tmp_path: Path) -> None:
+    model = make_model(vocab_size=264)
+    weights = {f"model.{name}": weight for name, weight in model.state_dict().items()}
+    contents = {"state_dict": weights, "transformer": dataclasses.asdict(model.config), "global_step": 1}
+    AtomicCheckpointIO().save_checkpoint(contents, tmp_path / "run" / "checkpoints" / "step-000001.ckpt")
+    BYTES.save(tmp_path / "run" / "tokenizer")
+    command.run("a", ckpt=tmp_path / "run", max_new_tokens=3)

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch.nn import functional as F
 from toy import SETTINGS, make_dataset, rows
 
@@ -313,3 +315,13 @@ def test_each_shape_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> N
         assert twice(torch.ones(batch_size, 8)).shape == (batch_size, 8)
     assert seen == [[64, 8], [128, 8]]
     assert all(type(size) is int for sizes in seen for size in sizes)
+
+
+def test_a_loss_too_high_for_a_perplexity_is_no_crash() -> None:
+    module = LanguageModel(TransformerConfig(257, 16, 1, 2, 8, 16))
+    module._trainer = MagicMock(Trainer, datamodule=None)
+    module.log_dict = lambda *args, **kwargs: None
+    module.on_validation_epoch_start()
+    module.validation_loss.update(torch.tensor(1000.0), 3)
+    module.on_validation_epoch_end()
+    assert module.validation_result["val/loss"] == 1000

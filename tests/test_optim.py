@@ -4,6 +4,8 @@ import copy
 import math
 import os
 import socket
+import threading
+import time
 
 import pytest
 import torch
@@ -498,3 +500,21 @@ def test_clipping_shows_an_infinite_norm():
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([1.0, math.inf])
     assert clip_gradients([parameter], 1.0) == math.inf
+
+
+def test_a_step_ends_when_the_last_of_its_threads_does(monkeypatch):
+    update = optim.compiled_update_elements()
+
+    def slow_in_helpers(*piece):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.3)
+        update(*piece)
+
+    monkeypatch.setattr(optim, "LARGE", 1)
+    monkeypatch.setattr(optim, "PIECE", 4)
+    monkeypatch.setattr(optim, "compiled_update_elements", lambda: slow_in_helpers)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    param = torch.nn.Parameter(torch.ones(16))
+    param.grad = torch.ones(16)
+    optim.AdamW([param], lr=0.1).step()
+    assert (param < 1).all()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from toy import disk_calls, flushed_before_it_was_named
 
 from lm import grammar
 from lm import prepare as module
@@ -327,3 +328,26 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(data, tmp_path):
         child.send_signal(signal.SIGKILL)
         child.communicate()
     assert contents(prepare("builtin", data_dir=data, vocab_size=300)) == expected
+
+
+def test_the_held_out_texts_are_on_the_device_before_they_have_their_names(tmp_path, monkeypatch):
+    calls = disk_calls(monkeypatch)
+    (tmp_path / "own.txt").write_text("a line\n" * 5000)
+    hold_out(tmp_path / "own.txt", tmp_path / "train.txt", tmp_path / "valid.txt")
+    assert flushed_before_it_was_named(calls, "train.txt")
+    assert flushed_before_it_was_named(calls, "valid.txt")
+
+
+def test_parts_of_a_killed_process_are_removed(data, tmp_path):
+    folder = tmp_path / "data" / "own" / "tokenizer"
+    folder.mkdir(parents=True)
+    (folder / ".vocab.json.99999.part").touch()
+    (tmp_path / "own.txt").write_text("a line of text\n" * 5000)
+    module.prepare(train_text=tmp_path / "own.txt", data_dir=tmp_path / "data")
+    assert not list((tmp_path / "data").rglob("*.part"))
+
+
+def test_a_compressed_text_counts_three_times(tmp_path):
+    for name, size in (("a.txt", 1024), ("a.txt.gz", 4096), ("a.txt.xz", 4096)):
+        (tmp_path / name).write_bytes(bytes(400_000))
+        assert default_vocab_size(None, tmp_path / name) == size

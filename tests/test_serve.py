@@ -24,7 +24,7 @@ from lm import serve
 from lm.checkpoint import AtomicCheckpointIO
 from lm.generate import Decoder, Sampling, generate
 from lm.model import TransformerConfig, TransformerLM
-from lm.serve import MAX_BODY_BYTES, MAX_NEW_TOKENS, MAX_TEXTS, Server
+from lm.serve import MAX_BODY_BYTES, MAX_NEW_TOKENS, MAX_TEXTS, Handler, Server, is_own_name, read_request
 from tokenizer import Tokenizer
 
 BYTES = Tokenizer({0: b"<|endoftext|>"} | {i + 1: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
@@ -533,3 +533,42 @@ def test_browser_shows_no_markup_of_the_models(page: Browser, say: Say) -> None:
     page.wait_for("document.querySelector('#status').textContent.includes('tokens/s')")
     assert page.evaluate("document.querySelector('#text').textContent") == "<<b onclick=x>&amp;end of text"
     assert page.evaluate("document.querySelector('#text b') == null")
+
+
+def test_a_server_that_stops_has_seen_its_texts_end(server: Server, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
+    say([66])
+    slow_steps(monkeypatch)
+    answer = post(server, prompt="a", max_new_tokens=4096)
+    answer.readline()
+    server.stop()
+    assert not server.places.acquire(blocking=False), "a text had its place still"
+    server.places.release(MAX_TEXTS)
+    answer.read()
+
+
+def test_a_connection_that_says_nothing_is_closed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handler, "timeout", Handler.timeout / 100)
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection:
+        assert connection.recv(1) == b""
+
+
+def test_no_other_page_may_frame_this_one(server: Server) -> None:
+    assert "frame-ancestors 'none'" in ask(server, "GET", "/").headers["Content-Security-Policy"].split("; ")
+
+
+def test_a_host_name_is_known_in_any_case() -> None:
+    assert is_own_name("mybox.lan:8000", "MyBox.lan")
+
+
+def test_a_server_asked_to_compile_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = Decoder.__init__
+
+    def init(self: Decoder, *args: Any, compile: bool = False, **rest: Any) -> None:
+        seen.append(compile)
+        original(self, *args, **rest)
+
+    monkeypatch.setattr(Decoder, "__init__", init)
+    with Server("127.0.0.1", 0, make_model(), BYTES, INFO, compile=True) as server:
+        list(server.write(read_request(b'{"prompt": "a", "max_new_tokens": 1}')))
+    assert seen == [True]

@@ -392,3 +392,31 @@ def test_a_scale_may_bring_its_own_grid(grid: Path) -> None:
     write(grid, content)
     assert {dict(run.settings)["model.optimizer.lr"] for run in plan(grid, "cpu")} == {0.5}
     assert len(plan(grid, "gpu")) == 8
+
+
+def test_the_result_of_a_failed_twin_is_not_taken(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = tmp_path / "logs"
+    run = plan(grid, "cpu")[0]
+    other = logs / "other" / "twin"
+    other.mkdir(parents=True)
+    (other / "record.json").write_text(json.dumps({"status": "failed", "seconds": 1, "experiment": run.experiment}))
+    monkeypatch.setattr("lm.sweep.subprocess", finish(logs, "finished"))
+    sweep(str(grid), scale="cpu", logs=str(logs))
+    record = json.loads((logs / "learning_rate" / run.name / "record.json").read_text())
+    assert record["status"] == "finished" and "copied_from" not in record
+
+
+@pytest.mark.parametrize(("said", "threads"), [(None, "4"), ("1", "1")])
+def test_jobs_share_the_cores_unless_the_user_said_how_many_threads(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, threads: str
+) -> None:
+    seen, stub = [], finish(tmp_path, "finished")
+    end = stub.run
+    stub.run = lambda command, env, **_: seen.append(env.get("OMP_NUM_THREADS")) or end(command)
+    monkeypatch.setattr("lm.sweep.subprocess", stub)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    sweep(str(grid), scale="cpu", logs=str(tmp_path), jobs=2)
+    assert set(seen) == {threads}

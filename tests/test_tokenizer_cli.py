@@ -271,3 +271,11 @@ class TestLooking:
             exported = capsys.readouterr().out
             assert main(["show", TEXT[:40], "--tokenizer", str(folder)]) == 0
             assert capsys.readouterr().out == exported
+
+
+def test_the_same_documents_are_sampled_each_time(tmp_path: Path) -> None:
+    vocab = dict(enumerate([b"<|endoftext|>", *(bytes([i]) for i in range(256)), *(b"a" * n for n in range(2, 33))]))
+    tokenizer = Tokenizer(vocab, [(b"a" * n, b"a") for n in range(1, 32)], ["<|endoftext|>"])
+    (tmp_path / "x.txt").write_text("<|endoftext|>".join("ab" * n + "a" * (40 - n) for n in range(40)))
+    figures = [text_stats(tokenizer, tmp_path / "x.txt")["sampled_bytes_per_token"] for _ in range(3)]
+    assert len(set(figures)) == 1

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -66,6 +67,26 @@ def rows(run: Path) -> list[dict[str, Any]]:
     clock = ("wall_seconds", "tokens_per_second", "mfu")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in clock} for line in lines]
+
+
+def disk_calls(monkeypatch: Any) -> list[tuple[str, int, str]]:
+    """Calls of os.pwrite, os.fsync and os.replace from now on: ("write", inode, ""), ("name", inode, new name)."""
+    calls: list[tuple[str, int, str]] = []
+    pwrite, fsync, replace = os.pwrite, os.fsync, os.replace
+
+    def note(what: str, file: Any, name: str = "") -> None:
+        calls.append((what, os.stat(file).st_ino, name))  # noqa: PTH116 - of a descriptor or a path
+
+    monkeypatch.setattr(os, "pwrite", lambda file, *rest: note("write", file) or pwrite(file, *rest))
+    monkeypatch.setattr(os, "fsync", lambda file: note("flush", file) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda old, new: note("name", old, Path(new).name) or replace(old, new))
+    return calls
+
+
+def flushed_before_it_was_named(calls: list[tuple[str, int, str]], name: str) -> bool:
+    """Whether the file that got `name` last was on the device before."""
+    named = max(i for i, call in enumerate(calls) if call[::2] == ("name", name))
+    return ("flush", calls[named][1], "") in calls[:named]
 
 
 def command(*arguments: str) -> list[str]:
