@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lm.report import find_runs, group_by_settings, read_metrics, report, varied_settings
+from lm.report import find_runs, group_by_settings, highest_shown, read_metrics, report, varied_settings
 
 
 def write_run(study: Path, name: str, lr: float, seed: int, losses: list[float], status: str = "finished") -> Path:
@@ -127,3 +127,7 @@ def test_a_copy_beside_a_run_does_not_count(study: Path) -> None:
 def test_no_runs_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no runs in .*nothing"):
         report("nothing", logs=str(tmp_path))
+
+
+def test_a_run_that_went_wrong_does_not_squeeze_the_others() -> None:
+    assert highest_shown([1.0, 2.5, 2.6, 9.0]) == 2.5

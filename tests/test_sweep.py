@@ -367,23 +367,27 @@ def test_texts_of_ones_own_replace_the_corpus(grid: Path, tmp_path: Path) -> Non
     assert settings["data.valid_text"] == str(texts / "stories-valid.txt")
 
 
-def test_a_run_of_two_studies_is_made_once(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second study says the same in another way: in its settings, not in a grid."""
+def test_a_run_of_several_studies_is_made_once(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others say the same in another way: in their settings, not in a grid."""
     logs = tmp_path / "logs"
     monkeypatch.setattr("lm.sweep.subprocess", finish(logs, "finished"))
     sweep(str(grid), scale="cpu", logs=str(logs))
     content = yaml.safe_load(grid.read_text())
     del content["grid"], content["runs"]
-    content |= {"study": "other", "seeds": [0]}
+    content["seeds"] = [0]
     content["scales"]["cpu"]["model.optimizer.lr"] = 0.1
-    (checkpoints := logs / "learning_rate" / "pre-lr_0.1-seed_0" / "version_0" / "checkpoints").mkdir()
+    made = logs / "learning_rate" / "pre-lr_0.1-seed_0"
+    (checkpoints := made / "version_0" / "checkpoints").mkdir()
+    (made / "lock").write_text("the maker's")
     monkeypatch.setattr("lm.sweep.subprocess", None)
-    sweep(str(write(grid, content)), scale="cpu", logs=str(logs))
-    record = json.loads((logs / "other" / "seed_0" / "record.json").read_text())
-    assert record["copied_from"] == "learning_rate/pre-lr_0.1-seed_0"
-    assert (logs / "other" / "seed_0" / "version_0" / "summary.json").is_file()
+    for study in ("earlier", "other"):  # in the alphabet, one before the maker and one after
+        sweep(str(write(grid, content | {"study": study})), scale="cpu", logs=str(logs))
+        copied = logs / study / "seed_0"
+        assert json.loads((copied / "record.json").read_text())["copied_from"] == "learning_rate/pre-lr_0.1-seed_0"
+        assert (copied / "version_0" / "summary.json").is_file()
+        assert "maker" not in (copied / "lock").read_text()
+        assert not (copied / "version_0" / "checkpoints").exists()
     assert checkpoints.is_dir()
-    assert not (logs / "other" / "seed_0" / "version_0" / "checkpoints").exists()
 
 
 def test_a_scale_may_bring_its_own_grid(grid: Path) -> None:
