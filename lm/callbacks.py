@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,17 @@ from lm.device import device_name, matmul_flops
 from lm.generate import END_OF_TEXT, Sampling, generate
 from lm.module import LanguageModel
 from tokenizer import Tokenizer
-from tokenizer.files import atomic_write
+from tokenizer.files import atomic_write, flush_folder
 
 
 class MetricsLog(Callback):
     """Writes the figures of the run: one line of JSON per logged update or validation, and TensorBoard's curves.
 
-    A line of `metrics.jsonl` is written whole, by one call. A resumed run cuts the file where its checkpoint's
-    counters stand, so that no line is lost and none doubled. `train/loss` is that of the very update, over all ranks;
-    the speed counts everything but validations and saving. `mfu` is the model's FLOPs over the peak of the device's
-    data sheet, or, without one, over the speed of a matrix product that is timed when the run begins.
+    A line of `metrics.jsonl` is written whole, by one call, and is on the device before a checkpoint that follows it.
+    A resumed run cuts off what it will write again, so that no line is lost and none doubled. `train/loss` is that of
+    the very update, over all ranks; the speed counts everything but validations and saving. `mfu` is the model's FLOPs
+    over the peak of the device's data sheet, or, without one, over the speed of a matrix product that is timed when
+    the run begins.
 
     Args:
         control: gives the wall-clock.
@@ -46,26 +48,32 @@ class MetricsLog(Callback):
         self._num_bytes = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Tokens seen and bytes written."""
-        return {"tokens_seen": self.tokens_seen, "num_bytes": self._num_bytes}
+        """Tokens seen."""
+        return {"tokens_seen": self.tokens_seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a checkpoint."""
-        self.tokens_seen, self._num_bytes = state["tokens_seen"], state["num_bytes"]
+        self.tokens_seen = state["tokens_seen"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the file."""
         self.path = Path(trainer.log_dir or trainer.default_root_dir) / "metrics.jsonl"
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Cut off what was written after the checkpoint that the run goes on from."""
-        if trainer.is_global_zero:
-            with open(self.path, "ab") as file:
-                self._num_bytes = min(self._num_bytes, file.tell())
-                file.truncate(self._num_bytes)
+        """Begin the file, or go on with it."""
+        self.cut(trainer)
         self.every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         config = pl_module.transformer
         self.flops_share = flops_per_token(config) / (device_flops(trainer) * trainer.world_size)
+
+    def cut(self, trainer: Trainer) -> None:
+        """Drop what was written after the checkpoint that the run goes on from, and a validation still to be done."""
+        if trainer.is_global_zero:
+            with open(self.path, "a+b") as file:
+                file.seek(0)
+                self._num_bytes = rows_to_keep(file, trainer.global_step, not self.control.validation_pending)
+                file.truncate(self._num_bytes)
+            flush_folder(self.path.parent)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the speed from here, after a pause."""
@@ -98,6 +106,7 @@ class MetricsLog(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A pause."""
         self._window = None
+        self._flush(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A pause."""
@@ -107,6 +116,12 @@ class MetricsLog(Callback):
         """The row of a validation."""
         if not trainer.sanity_checking:
             self.write(trainer, pl_module.validation_result)
+            self._flush(trainer)  # before the checkpoint's record says that it has been validated
+
+    def _flush(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            with open(self.path, "ab") as file:
+                os.fsync(file.fileno())
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """A run that diverged shows the update that did it."""
@@ -133,6 +148,26 @@ class MetricsLog(Callback):
             )
             losses = {f"by_seconds/{name}": value for name, value in figures.items() if name.endswith("/loss")}
             logger.log_metrics(losses, round(seconds))
+
+
+def rows_to_keep(file: Iterable[bytes], last_step: int, validated: bool) -> int:
+    """How many bytes of a metrics.jsonl are whole rows up to `last_step`; its validation counts if `validated`.
+
+    >>> lines = [b'{"step": 1}\\n', b'{"step": 1, "val/loss": 2.5}\\n', b'{"step": 2}\\n', b'{"st']
+    >>> [rows_to_keep(lines, step, validated) for step, validated in ((1, False), (1, True), (9, True))]
+    [12, 41, 53]
+    """
+    num_bytes = 0
+    for line in file:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        redone = not validated and row["step"] == last_step and "val/loss" in row
+        if row["step"] > last_step or redone or not line.endswith(b"\n"):
+            break
+        num_bytes += len(line)
+    return num_bytes
 
 
 def json_line(row: dict[str, float | int]) -> bytes:
@@ -356,8 +391,16 @@ class RunRecord(Callback):
         say(header(trainer, pl_module, self.control))
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The run came to its end."""
-        self.write(trainer, pl_module, "finished")
+        """The run came to its end; one that had come to it before keeps the summary of then."""
+        if trainer.is_global_zero and not (self.control.was_idle(trainer) and self._is_finished(trainer.global_step)):
+            self.write(trainer, pl_module, "finished")
+
+    def _is_finished(self, step: int) -> bool:
+        try:
+            summary = json.loads((self.control.directory / "summary.json").read_bytes())
+        except (OSError, ValueError):
+            return False
+        return summary["status"] == "finished" and summary["steps"] == step
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """The run was ended."""

@@ -320,6 +320,11 @@ def note_metrics(path: PathLike, metrics: Mapping[str, float]) -> None:
         json.dump(record, file, indent=1)
 
 
+def noted_metrics(path: PathLike) -> dict[str, float]:
+    """What `note_metrics` has added to a checkpoint's record."""
+    return (_read_record(Path(path).with_suffix(".json")) or {}).get("metrics", {})
+
+
 def _read_record(path: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_bytes())
@@ -334,14 +339,22 @@ def _folder(run: PathLike) -> Path:
     return run / FOLDER if (run / FOLDER).is_dir() else run
 
 
-def _recorded(folder: Path) -> list[Path]:
-    """The checkpoints that exist in `folder`, the latest step first; not yet checked."""
+def _recorded(folder: Path, unrecorded: bool = False) -> list[Path]:
+    """The checkpoints that exist in `folder`, or lack nothing but a record, the latest step first; not yet checked."""
     found = [(path.with_suffix(".ckpt"), _read_record(path)) for path in folder.glob("*.json")]
     steps = {path: record["step"] or 0 for path, record in found if record and path.is_file()}
+    if unrecorded:
+        names = {path: re.fullmatch(r"step-(\d+)", path.stem) for path in _unrecorded(folder)}
+        steps |= {path: int(name[1]) for path, name in names.items() if name}
     return sorted(steps, key=lambda path: (steps[path], path.name), reverse=True)
 
 
-def newest_checkpoint(run: PathLike, *, set_aside: bool = False) -> Path:
+def _unrecorded(folder: Path) -> list[Path]:
+    """The checkpoint files in `folder` whose process ended before it wrote their record."""
+    return [path for path in folder.glob("*.ckpt") if not path.with_suffix(".json").is_file()]
+
+
+def newest_checkpoint(run: PathLike, *, set_aside: bool = False, unrecorded: bool = False) -> Path:
     """The latest good checkpoint of a run directory (or of a folder of checkpoints), verified.
 
     Damaged ones are passed over with a line on stderr.
@@ -349,19 +362,21 @@ def newest_checkpoint(run: PathLike, *, set_aside: bool = False) -> Path:
     Args:
         run: the directory.
         set_aside: rename damaged ones to `.bad`, as a run that resumes does; needs `lock_run`.
+        unrecorded: take a whole file for one even if its process ended before it had a record, as `recover` will.
 
     Raises:
         FileNotFoundError: none, or none that is good (with what is wrong with them).
     """
     problems = []
-    for path in _recorded(_folder(run)):
+    for path in _recorded(_folder(run), unrecorded):
         problem = find_damage(path)
         if problem is None:
             return path
         problems.append(f"{path} {problem}")
         if set_aside:
             path.rename(f"{path}.bad")
-            path.with_suffix(".json").rename(f"{path.with_suffix('.json')}.bad")
+            with contextlib.suppress(FileNotFoundError):
+                path.with_suffix(".json").rename(f"{path.with_suffix('.json')}.bad")
         print(problems[-1] + (f"; kept as {path.name}.bad" if set_aside else ""), file=sys.stderr)
     raise FileNotFoundError("; ".join(problems) or f"no checkpoint in {_folder(run)}")
 
@@ -381,8 +396,7 @@ def best_checkpoint(run: PathLike) -> Path:
 def _best_first(folder: Path) -> list[Path]:
     losses = {}
     for path in _recorded(folder):
-        record = _read_record(path.with_suffix(".json")) or {}
-        if math.isfinite(loss := record.get("metrics", {}).get("val/loss", math.nan)):
+        if math.isfinite(loss := noted_metrics(path).get("val/loss", math.nan)):
             losses[path] = loss
     return sorted(losses, key=lambda path: losses[path])
 
@@ -405,10 +419,9 @@ def recover(run: PathLike) -> None:
     """
     for part in [*Path(run).glob(".*.part"), *_folder(run).glob(".*.part")]:
         part.unlink(missing_ok=True)
-    for path in _folder(run).glob("*.ckpt"):
-        if not path.with_suffix(".json").is_file():
-            with contextlib.suppress(CheckpointError):
-                _write_record(path, read_checkpoint(path), _sha256(path), path.stat().st_size)
+    for path in _unrecorded(_folder(run)):
+        with contextlib.suppress(CheckpointError):
+            _write_record(path, read_checkpoint(path), _sha256(path), path.stat().st_size)
 
 
 def find_run(logs: PathLike = "logs") -> Path:
@@ -590,7 +603,7 @@ def load_model(path: PathLike, device: str | torch.device = "cpu") -> tuple[Tran
     info = {
         "path": str(path),
         "step": contents.get("global_step", contents.get("iteration")),
-        "metrics": (_read_record(path.with_suffix(".json")) or {}).get("metrics", {}),
+        "metrics": noted_metrics(path),
         "transformer": contents["transformer"],
         "data": contents.get("TokenDataModule", {}),
     }

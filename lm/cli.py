@@ -43,7 +43,8 @@ from lm.module import LanguageModel, OptimizerConfig, ScheduleConfig, uses_cuda_
 from lm.options import explain, fail, is_first_rank, known_keys
 from lm.prepare import dataset_name
 from lm.ranks import end_ranks, end_with, find_culprit, make_strategy, num_devices, watched_ranks
-from lm.report import by_version
+from lm.report import by_version, newest_config
+from tokenizer.files import atomic_write
 
 PARENT = "LM_PARENT"  # environment variable: the process that started this one
 
@@ -70,14 +71,15 @@ class Parser(LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the whole configuration into the run's folder; a resumed run's beside that of its beginning.
+    """Writes the whole configuration into the run's folder; a resumed run's, if it differs, beside that before.
 
     What belongs to one command only (resume, ckpt_path) is left out, and the dataset's folder is named: the file
     works as it is with `--config`, and `python -m lm validate` takes it.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it when a fit begins."""
+        """Write that of a new run."""
+        self.text: str | None = None
         log_dir = trainer.log_dir  # a collective operation
         if stage != "fit" or not trainer.is_global_zero or log_dir is None:
             return
@@ -86,11 +88,18 @@ class SaveRunConfig(SaveConfigCallback):
             config.pop(key, None)
         config["data.directory"] = str(trainer.datamodule.directory)  # type: ignore[attr-defined]
         config["data.vocab_size"] = None
-        path = Path(log_dir) / self.config_filename
-        if path.is_file():
-            path = path.with_name(f"config-resumed-{time.strftime('%Y%m%d-%H%M%S')}.yaml")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(config, str(path), skip_none=False, overwrite=True)
+        self.run, self.text = Path(log_dir), self.parser.dump(config, skip_none=False)
+        if not newest_config(self.run).is_file():
+            self._write(self.config_filename)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write that of a resumed run: only here has its checkpoint been found to fit."""
+        if self.text is not None and newest_config(self.run).read_text(encoding="utf-8") != self.text:
+            self._write(f"config-resumed-{time.strftime('%Y%m%d-%H%M%S')}.yaml")
+
+    def _write(self, name: str) -> None:
+        with atomic_write(self.run / name, "w") as file:
+            file.write(self.text)
 
 
 def default_run_name(data: Namespace) -> str:
@@ -181,7 +190,7 @@ class CLI(LightningCLI):
         for version in reversed(by_version(path.parent for path in place.glob("version_*/checkpoints"))):
             lock = lock_run(version) if first else None
             try:
-                config.ckpt_path = str(newest_checkpoint(version, set_aside=first))
+                config.ckpt_path = str(newest_checkpoint(version, set_aside=first, unrecorded=True))
             except FileNotFoundError:
                 if lock is not None:
                     lock.close()
@@ -230,6 +239,7 @@ class CLI(LightningCLI):
                 raise Stopped("failed", 1, memory_advice(self.datamodule, self.trainer)) from None
             raise
         if self.control.validation_pending:
+            self.metrics.cut(self.trainer)
             self.trainer.validate(self.model, self.datamodule, verbose=False)
             self.record.write(self.trainer, self.model, "finished")
 
@@ -242,7 +252,10 @@ class CLI(LightningCLI):
             return
         control, config = self.control, self.control.config
         tokens = f"{self.trainer.global_step:,} steps, {self.metrics.tokens_seen:,} tokens"
-        say(f"\nfinished: {tokens}, {duration(control.clock.now())} in all")
+        if control.was_idle(self.trainer):
+            say(f"\nnothing left to do: finished before, {tokens}")
+        else:
+            say(f"\nfinished: {tokens}, {duration(control.clock.now())} in all")
         if self.model.validation_result:
             say(f"validation: {figures(self.model.validation_result)}")
         if config.bundle == "leaderboard":
@@ -331,7 +344,7 @@ def find_problems(config: Namespace, subcommand: str) -> list[str]:
         )
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         problems.append(f"ckpt_path: there is no file {config.ckpt_path}")
-    return problems + device_problems(trainer)
+    return problems + device_problems(trainer) + process_problems(trainer)
 
 
 def run_problems(trainer: Namespace, schedule: Namespace, run: Namespace) -> list[str]:
@@ -409,6 +422,25 @@ def device_problems(trainer: Namespace) -> list[str]:
     return problems
 
 
+def process_problems(trainer: Namespace) -> list[str]:
+    """More processes, started from outside, than the Trainer takes for ranks: each would make a run of its own."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        starter, names = "torchrun", ("WORLD_SIZE", "GROUP_WORLD_SIZE")
+    elif os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):  # in which Lightning does not ask SLURM
+        # SLURM_NTASKS is what the job may start: a script that calls python without srun is one process all the same.
+        starter, names = "srun", ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
+    else:
+        return []
+    started, nodes = (int(os.environ.get(name) or 1) for name in names)
+    if started <= num_devices(trainer.devices) * trainer.num_nodes:
+        return []
+    several = f" --trainer.num_nodes {nodes}" if nodes > 1 else ""
+    return [
+        f"trainer.devices={trainer.devices}: {starter} has started {started} processes, and each would make a run of "
+        f"its own; use --trainer.devices {started // nodes}{several}"
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------------ the door
 
 
@@ -417,6 +449,9 @@ def default_configs(argv: list[str]) -> dict[str, list[str]]:
 
     Adds `--ckpt_path` to a `validate` without one, or with a run's folder: the best checkpoint of the newest run, or of
     that one.
+
+    Raises:
+        FileNotFoundError: nothing says what a checkpoint is to be validated with.
     """
     subcommand, logs = argv[0] if argv else "", option(argv, "--run.logs") or "logs"
     checkpoint = option(argv, "--ckpt_path")
@@ -424,7 +459,10 @@ def default_configs(argv: list[str]) -> dict[str, list[str]]:
     if subcommand == "validate" and (run or checkpoint is None) and not {"-h", "--help"} & set(argv):
         checkpoint = str(best_checkpoint(run or find_run(logs)))
         argv += ["--ckpt_path", checkpoint]  # the last one counts
-    own = Path(checkpoint).parent.parent / "config.yaml" if checkpoint else default_config()
+    own = newest_config(Path(checkpoint).resolve().parent.parent) if checkpoint else default_config()
+    configured = own.is_file() or option(argv, "--config") or option(argv, "-c")
+    if subcommand == "validate" and checkpoint and Path(checkpoint).is_file() and not configured:
+        raise FileNotFoundError(f"no config.yaml beside {checkpoint}: say with --config what to validate it with")
     return {subcommand: [str(own)]} if own.is_file() and subcommand in CLI.subcommands() else {}
 
 

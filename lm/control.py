@@ -15,7 +15,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from lm.accounting import num_parameters
-from lm.checkpoint import check_folder, lock_run, note_metrics, prune, recover, rng_state, set_rng_state
+from lm.checkpoint import (
+    check_folder,
+    lock_run,
+    note_metrics,
+    noted_metrics,
+    prune,
+    recover,
+    rng_state,
+    set_rng_state,
+)
 from lm.generate import LONGEST
 from lm.module import LanguageModel
 
@@ -198,7 +207,10 @@ class RunControl(Checkpoint):
         self._restored_rng: dict[str, Any] | None = None
         self.lock: IO[str] | None = None
         self.saved: Path | None = None
+        self.resumed_step: int | None = None  # of the checkpoint in its own folder that the run goes on from
+        self._noted: dict[str, float] = {}  # what was measured on it after it was written
         self.training_began: float | None = None  # seconds of the run
+        self.used_up: float | None = None  # the minutes that were over at the last update
         self._agreed_signal = 0
 
     # ---------------------------------------------------------------------------------------------------- begin
@@ -238,7 +250,8 @@ class RunControl(Checkpoint):
             if self.save_seconds == 0:
                 self.save(trainer)
                 self._synchronise(trainer, pl_module, trainer.global_step)
-            trainer.should_stop = self._time_is_up(trainer.global_step)
+            over = self.used_up is not None and self.config.max_minutes <= self.used_up
+            trainer.should_stop = over or self._time_is_up(trainer.global_step)
         self._follow_the_clock(pl_module, trainer.global_step)
 
     def _take_signals(self) -> None:
@@ -261,6 +274,7 @@ class RunControl(Checkpoint):
             self._synchronise(trainer, pl_module, step)
             ending = ending or self._time_is_up(step, validating)
         self._follow_the_clock(pl_module, step)
+        self.used_up = self.config.max_minutes if self._time_is_up(step, validating) else None
         self.validation_pending = validating or (ending and trainer.enable_validation)
         if saving or ending or self._agreed_signal:
             self.save(trainer)
@@ -360,9 +374,7 @@ class RunControl(Checkpoint):
         self.num_validations += 1
         self.paused_seconds += seconds
         self._after_pause = True
-        self.validation_pending = False
-        self.last_loss = pl_module.validation_result["val/loss"]
-        self.best_loss = self.last_loss if self.best_loss is None else min(self.best_loss, self.last_loss)
+        self._take_loss(pl_module.validation_result["val/loss"])
         if trainer.is_global_zero and self.saved is not None and self.saved == self._path(trainer):
             note_metrics(self.saved, pl_module.validation_result)
             prune(self.directory, self.config.keep_checkpoints)
@@ -370,6 +382,11 @@ class RunControl(Checkpoint):
             self._synchronise(trainer, pl_module, trainer.global_step)
             # It took longer than reckoned: another update would only ask for another validation.
             trainer.should_stop = trainer.should_stop or self._time_is_up(trainer.global_step)
+
+    def _take_loss(self, loss: float) -> None:
+        self.validation_pending = False
+        self.last_loss = loss
+        self.best_loss = loss if self.best_loss is None else min(self.best_loss, loss)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -396,6 +413,7 @@ class RunControl(Checkpoint):
         return {
             "seconds": self.clock.now() + self.save_seconds,  # this very save has yet to be written
             "training_began": self.training_began,
+            "used_up": self.used_up,
             "validation_pending": self.validation_pending,
             "validation_seconds": self.validation_seconds,
             "save_seconds": self.save_seconds,
@@ -407,9 +425,13 @@ class RunControl(Checkpoint):
         """Go on from a checkpoint."""
         self.clock.previous = state["seconds"]
         self.training_began = state.get("training_began", 0.0)  # a checkpoint from before it was kept
+        self.used_up = state.get("used_up")
         self.validation_pending = state["validation_pending"]
         self.validation_seconds, self.save_seconds = state["validation_seconds"], state["save_seconds"]
         self.best_loss, self.last_loss = state["best_loss"], state["last_loss"]
+        if "val/loss" in self._noted:
+            self.clock.previous += self.validation_seconds
+            self._take_loss(self._noted["val/loss"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random number generators; write Lightning's counters as they are between two updates."""
@@ -420,15 +442,23 @@ class RunControl(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the random number generators' states until training begins: the set-up draws from them."""
         self._restored_rng = checkpoint.get("rng")
-        if trainer.state.fn == "fit" and "loops" in checkpoint:
-            recount_batches(
-                checkpoint["loops"]["fit_loop"], checkpoint["global_step"] * trainer.accumulate_grad_batches
-            )
         path = Path(str(trainer.ckpt_path))
         if path.resolve().parent == (self.directory / "checkpoints").resolve():
             self.saved = self.directory / "checkpoints" / path.name  # what a validation still due is noted beside
+            self.resumed_step = checkpoint["global_step"]
+            self._noted = noted_metrics(self.saved)
+        if trainer.state.fn == "fit" and "loops" in checkpoint:
+            fit_loop = checkpoint["loops"]["fit_loop"]
+            recount_batches(fit_loop, checkpoint["global_step"] * trainer.accumulate_grad_batches)
+            if "val/loss" in self._noted:
+                count_validation(fit_loop, pending=False)
+                pl_module.validation_result = self._noted  # type: ignore[assignment]
 
     # -------------------------------------------------------------------------------------------------------- end
+
+    def was_idle(self, trainer: Trainer) -> bool:
+        """Whether this process found a run with nothing left to do: neither an update nor a validation."""
+        return self.resumed_step == trainer.global_step and not (self.validation_pending or self.num_validations)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what an epoch's end, say, has left unsaved; from then on signals end the process at once again."""
@@ -472,10 +502,16 @@ def settle_loops(fit_loop: dict[str, Any], validation_due: bool, validation_pend
     """
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += not validation_due
     batches = fit_loop["epoch_loop.batch_progress"]
-    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
     for part in ("total", "current"):
         batches[part]["completed"] = batches[part]["processed"]
-        begun = int(validation_pending)  # one batch begun, none done: Lightning takes the validation up again
+    count_validation(fit_loop, validation_pending)
+
+
+def count_validation(fit_loop: dict[str, Any], pending: bool) -> None:
+    """Make the counters of Lightning's loops say whether the validation of this step is to be done, or none is."""
+    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+    for part in ("total", "current"):
+        begun = int(pending)  # one batch begun, none done: Lightning takes the validation up again
         validation[part].update(ready=begun, started=begun, processed=0, completed=0)
 
 

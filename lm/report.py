@@ -9,7 +9,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Run:
 
     name: str
     directory: Path
-    settings: dict[str, Any]  # config.yaml, flattened: {"model.optimizer.lr": 0.003}
+    settings: dict[str, Any]  # its newest configuration, flattened: {"model.optimizer.lr": 0.003}
     rows: list[dict[str, Any]]  # metrics.jsonl
     summary: dict[str, Any]  # summary.json; empty while the run goes on or when it was killed
 
@@ -103,6 +103,28 @@ def by_version(folders: Iterable[Path]) -> list[Path]:
     return sorted(versions, key=lambda folder: int(folder.name.removeprefix("version_")))
 
 
+def newest_config(run: Path) -> Path:
+    """The configuration of a run as it was last gone on with; its first one, if it is there, otherwise."""
+    return max(run.glob("config-resumed-*.yaml"), default=run / "config.yaml")  # they are named by the time
+
+
+def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """What a file of a run says; nothing where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        contents = parse(path.read_text(encoding="utf-8")) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is cut off or damaged ({str(error).splitlines()[0]}): mend it or remove it") from None
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} is damaged (no settings or figures by name): mend it or remove it")
+    return contents
+
+
 def find_runs(study: Path) -> list[Run]:
     """Every run below `study`, by name; of several versions of one run the newest that has metrics."""
     newest: dict[str, Run] = {}
@@ -114,9 +136,8 @@ def find_runs(study: Path) -> list[Run]:
 
 def read_run(directory: Path, name: str) -> Run:
     """The run in one `version_k`, as far as it has got."""
-    config, summary = directory / "config.yaml", directory / "summary.json"
-    settings = flatten(yaml.safe_load(config.read_text()) or {}) if config.is_file() else {}
-    facts = json.loads(summary.read_text()) if summary.is_file() else {}
+    settings = flatten(read_mapping(newest_config(directory), yaml.safe_load))
+    facts = read_mapping(directory / "summary.json", json.loads)
     if "transformer.vocab_size" in facts.get("settings", {}):  # the data's; config.yaml names its folder only
         settings["data.vocab_size"] = facts["settings"]["transformer.vocab_size"]
     return Run(name, directory, settings, read_metrics(directory / "metrics.jsonl"), facts)

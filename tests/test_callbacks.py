@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import SETTINGS, make_dataset, rows
 
-from lm import callbacks, cli
+from lm import callbacks, checkpoint, cli, control
 from lm.accounting import training_memory_bytes
 from lm.callbacks import MetricsLog, Progress
 from lm.control import RunConfig, RunControl
@@ -110,6 +111,35 @@ def test_speed_leaves_out_validation_and_saving(fit: Fit, monkeypatch: pytest.Mo
     assert len(seconds) == 12
     assert max(seconds) < 0.1
     assert clock.now > 30_000
+
+
+def test_a_log_that_lost_its_end_goes_on_with_whole_rows(fit: Fit) -> None:
+    """After a power cut it may be shorter than the checkpoint knew it."""
+    assert fit() == 0
+    whole, path = rows(RUN), RUN / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[: path.read_bytes().index(b'{"step": 6') + 7])
+    assert fit("--resume=must", "--trainer.max_steps=10") == 0
+    assert [row for row in rows(RUN) if row["step"] < 9] == [row for row in whole if row["step"] < 6]
+    assert [row["step"] for row in rows(RUN) if row["step"] > 8] == [9, 10, 10]
+
+
+def test_the_log_is_on_the_device_before_the_checkpoint_and_its_record(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, write_checkpoint, note_metrics = os.fsync, checkpoint.write_checkpoint, control.note_metrics
+
+    def spy(file: int) -> None:
+        log = RUN / "metrics.jsonl"
+        if log.is_file() and os.path.samestat(os.fstat(file), log.stat()):
+            done.append(f"log {len(rows(RUN))}")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *a: (done.append("checkpoint"), write_checkpoint(*a))[1])
+    monkeypatch.setattr(control, "note_metrics", lambda *a: (done.append("record"), note_metrics(*a))[1])
+    assert fit() == 0
+    assert done == ["log 4", "checkpoint", "log 5", "record", "log 9", "checkpoint", "log 10", "record"]
 
 
 # ------------------------------------------------------------------------------------------------------------ screen

@@ -17,7 +17,7 @@ from toy import SETTINGS, command, make_dataset
 
 from lm import __main__
 from lm.checkpoint import best_checkpoint
-from lm.cli import default_run_name, device_problems
+from lm.cli import default_run_name, device_problems, process_problems
 from lm.options import explain, is_first_rank
 from lm.ranks import num_devices
 from tokenizer.__main__ import main as tokenizer_main
@@ -303,6 +303,50 @@ def test_a_run_goes_on_and_is_validated_without_its_text(lm: Run, tmp_path: Path
     assert lm("fit", "--config=logs/my/version_0/config.yaml") == 0
 
 
+def test_a_run_is_validated_with_what_it_was_last_gone_on_with(
+    fit: Run, lm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--run.keep_checkpoints=9") == 0
+    assert fit("--resume=must", "--trainer.max_steps=12", "--data.val_context_length=8") == 0
+    assert fit("--resume=must", "--trainer.max_steps=16", "--model.transformer.norm=post") == 2, "and leaves no trace"
+    newest = RUN / "checkpoints/step-000012"
+    (tmp_path / "newest.ckpt").symlink_to(tmp_path / newest.with_suffix(".ckpt"))
+    loss = json.loads(newest.with_suffix(".json").read_text())["metrics"]["val/loss"]
+    capfd.readouterr()
+    for name in (newest.with_suffix(".ckpt"), "newest.ckpt"):
+        assert lm("validate", f"--ckpt_path={name}") == 0
+        assert f"loss {loss:.4f} nats per token" in capfd.readouterr().out
+
+
+def test_a_checkpoint_without_a_configuration_needs_one(
+    fit: Run, lm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fit() == 0
+    config, alone = RUN / "config.yaml", tmp_path / "alone.ckpt"
+    shutil.copy(RUN / "checkpoints/step-000008.ckpt", alone)
+    capfd.readouterr()
+    assert lm("validate", f"--ckpt_path={alone}") == 2
+    said = f"error: no config.yaml beside {alone}: say with --config what to validate it with\n"
+    assert capfd.readouterr().err == said
+    assert lm("validate", f"--ckpt_path={alone}", f"--config={config}") == 0
+    config.unlink()
+    assert lm("validate") == 2
+    assert not Path("data").exists(), "no corpus was prepared that nobody asked for"
+
+
+def test_a_runs_configuration_is_there_whole_or_not_at_all(fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def fail(part: Any, target: Any) -> None:
+        if Path(target).name == "config.yaml":
+            raise OSError(5, "Input/output error")
+        replace(part, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert fit() == 2
+    assert [path.name for path in RUN.glob("*config.yaml*")] == []
+
+
 def test_the_bar_can_be_left_out(fit: Run, capfd: pytest.CaptureFixture[str]) -> None:
     assert fit("--trainer.enable_progress_bar=false") == 0
     assert "tokens/s" not in capfd.readouterr().err
@@ -410,6 +454,33 @@ def test_two_processes_are_one_with_twice_the_batch(
             assert b[name] == pytest.approx(a[name], abs=1e-4), name
     assert fit("--run.name=two", "--data.batch_size=8", "--resume=must", "--trainer.max_steps=10") == 0
     assert rows(Path("logs/two/version_0"))[-1]["step"] == 10, "its checkpoint loads in one process"
+
+
+def test_processes_that_would_each_make_a_run_of_their_own_are_refused(
+    fit: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def problems(devices: int, num_nodes: int = 1, **environment: str) -> list[str]:
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            return process_problems(Namespace(devices=devices, num_nodes=num_nodes))
+
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    assert fit() == 2
+    said = "error: trainer.devices=1: torchrun has started 2 processes, and each would make a run of its own; use "
+    assert capfd.readouterr().err == f"{said}--trainer.devices 2\n"
+    for name in torchrun:
+        monkeypatch.delenv(name)
+    [line] = problems(2, **torchrun | {"WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"})
+    assert line.endswith("use --trainer.devices 2 --trainer.num_nodes 2")
+    step = {"SLURM_JOB_NAME": "train", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": "2"}
+    [line] = problems(1, **step)
+    assert "srun has started 2 processes" in line
+    script = {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}  # without srun: one process
+    matching = problems(2, **torchrun) + problems(2, **step) + problems(1, 2, **step | {"SLURM_STEP_NUM_NODES": "2"})
+    assert matching + problems(1, **script) + problems(1, **step | {"SLURM_JOB_NAME": "interactive"}) == []
 
 
 def test_a_tools_first_option_needs_no_name_and_a_switch_no_value() -> None:

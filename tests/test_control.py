@@ -423,6 +423,69 @@ def test_what_to_resume_is_said_or_missed(fit: Fit, capfd: pytest.CaptureFixture
     assert Path("logs/toy/version_1/checkpoints/step-000008.ckpt").is_file()
 
 
+@pytest.mark.parametrize("limit", ["steps", "clock"])
+def test_a_finished_run_that_is_started_again_stays_as_it_is(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], limit: str
+) -> None:
+    arguments, began = ["--resume=auto", "--trainer.max_steps=6"], [time.monotonic()] * 2
+    if limit == "clock":
+        machine, began = SlowMachine(monkeypatch, 0.1, validation=0.1, save=0.3, sample=0.4), [95.0, 1000.0]
+        arguments = ["--resume=auto", "--trainer.max_steps=100000", "--run.max_minutes=0.15"]
+    assert fit(*arguments, started=began[0]) == 0
+    assert "finished: " in capfd.readouterr().out
+    files = [RUN / "metrics.jsonl", *sorted(RUN.glob("*.json")), *sorted((RUN / "checkpoints").iterdir())]
+    contents = {path: path.read_bytes() for path in files}
+    if limit == "clock":
+        machine.wait(began[1] - machine.now)
+    assert fit(*arguments, started=began[1]) == 0
+    assert "nothing left to do: finished before, " in capfd.readouterr().out
+    assert {path: path.read_bytes() for path in files} == contents
+    assert list(RUN.glob("config*.yaml")) == [RUN / "config.yaml"]
+    assert sorted((RUN / "checkpoints").iterdir()) == files[2:]
+
+
+@pytest.mark.parametrize("stop", [6, 8])
+def test_a_finished_run_that_goes_on_keeps_its_last_validation(fit: Fit, stop: int) -> None:
+    """Whether it was one of those that come every so many steps or not."""
+    assert fit(f"--trainer.max_steps={stop}") == 0
+    finished = rows(RUN)
+    assert fit("--trainer.max_steps=12", "--resume=must") == 0
+    assert rows(RUN)[: len(finished)] == finished
+    assert [row["step"] for row in rows(RUN) if "lr" in row] == list(range(1, 13))
+    assert [row["step"] for row in rows(RUN) if "val/loss" in row] == sorted({4, stop, 8, 12})
+    assert summary()["best_val_loss"] == min(row["val/loss"] for row in rows(RUN) if "val/loss" in row)
+
+
+@pytest.mark.parametrize("steps", [8, 12])
+def test_a_validation_of_which_only_the_row_was_written_is_in_the_log_once(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    def die(path: Path) -> None:
+        if path.name == "step-000008.ckpt":
+            raise Stopped.by_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        before(patch, control, "note_metrics", die)
+        assert fit() == 143
+    assert [row["step"] for row in rows(RUN) if "val/loss" in row] == [4, 8]
+    assert fit("--resume=must", f"--trainer.max_steps={steps}") == 0
+    assert [row["step"] for row in rows(RUN) if "val/loss" in row] == list(range(4, steps + 1, 4))
+    assert summary()["status"] == "finished"
+    assert summary()["val_loss"] == rows(RUN)[-1]["val/loss"]
+
+
+def test_a_checkpoint_whose_record_was_not_yet_written_is_gone_on_from(
+    fit: Fit, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fit() == 0
+    (RUN / "checkpoints/step-000008.json").unlink()
+    assert fit("--resume=must", "--trainer.max_steps=10") == 0
+    assert "resuming logs/toy/version_0/checkpoints/step-000008.ckpt" in capfd.readouterr().out
+    assert (RUN / "checkpoints/step-000008.json").is_file()
+    assert [row["step"] for row in rows(RUN) if "lr" in row] == list(range(1, 11))
+    assert [row["step"] for row in rows(RUN) if "val/loss" in row] == [4, 8, 10]
+
+
 @pytest.mark.slow
 def test_a_changed_learning_rate_takes_effect_on_resume_and_a_changed_model_is_refused(
     fit: Fit, capfd: pytest.CaptureFixture[str]

@@ -116,6 +116,23 @@ def test_the_newest_version_of_a_run_counts(study: Path) -> None:
     assert runs["lr_0.01-seed_0"].status == "unfinished"
 
 
+def test_the_settings_are_those_that_the_run_was_last_gone_on_with(study: Path) -> None:
+    version = study / "lr_0.01-seed_0" / "version_0"
+    for time, lr in (("20260102-090000", 0.3), ("20251231-100000", 0.2)):
+        (version / f"config-resumed-{time}.yaml").write_text(yaml.safe_dump({"model": {"optimizer": {"lr": lr}}}))
+    assert find_runs(study)[3].settings == {"model.optimizer.lr": 0.3}
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
+@pytest.mark.parametrize("contents", ["{'a': [1,", "only words"])
+def test_a_damaged_file_is_named_in_one_line(study: Path, name: str, contents: str) -> None:
+    damaged = study / "lr_1-seed_0" / "version_0" / name
+    damaged.write_text(contents)
+    with pytest.raises(ValueError, match=f"{re.escape(str(damaged))} is .*damaged") as error:
+        find_runs(study)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_a_copy_beside_a_run_does_not_count(study: Path) -> None:
     before = find_runs(study)
     version = study / "lr_0.01-seed_0" / "version_0"
