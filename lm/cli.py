@@ -1,7 +1,7 @@
 """The front door to training: `python -m lm fit` and `validate`, on LightningCLI.
 
-Options come from the code's defaults, then configs/builtin.yaml (or, given a checkpoint, its run's config.yaml), then
-each `--config` in order, then the command line. What is wrong with them is said in one line each, before any data is
+Options come from the code's defaults, then configs/builtin.yaml (or, given a checkpoint, its run's newest configuration),
+then each `--config` in order, then the command line. What is wrong with them is said in one line each, before any data is
 touched.
 """
 
