@@ -1,5 +1,6 @@
 """`python -m tokenizer` as a user calls it: in processes of its own, and in this one where only the answer matters."""
 
+import errno
 import itertools
 import json
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 
 from tokenizer import Tokenizer, reference
 from tokenizer.__main__ import main
+from tokenizer.files import atomic_write
+from tokenizer.options import in_one_line
 from tokenizer.show import colour_tokens, print_tokens
 from tokenizer.stats import longest_tokens, overlap, text_stats, unshared
 
@@ -60,6 +63,56 @@ class TestHelp:
             with pytest.raises(SystemExit) as left:
                 main(list(arguments))
             assert left.value.code == 2
+
+    @pytest.mark.parametrize(
+        ("command", "message"),
+        [
+            ("", "missing VERB: `python -m tokenizer --help` says more"),
+            ("trian a.txt", "'trian' is no command: did you mean train?"),
+            ("--hlp", "--hlp is no option: did you mean --help?"),
+            ("encode a.txt --tokeniser tok", "--tokeniser is no option: did you mean --tokenizer?"),
+            ("encode a.txt --tokeniser=tok", "--tokeniser is no option: did you mean --tokenizer?"),
+            ("encode a.txt --tok tok", "--tok is no option: did you mean --tokenizer?"),
+            ("show a -y --tokenizer tok", "-y is no option: `--help` lists what there is"),
+            ("encode a.txt", "missing --tokenizer: `python -m tokenizer encode --help` says more"),
+            ("train a.txt --vocab_size many --output tok", "--vocab_size: 'many' must be int"),
+            (
+                "encode a.txt --tokenizer tok --errors stric",
+                "--errors: 'stric' must be one of strict, replace: did you mean strict?",
+            ),
+            ("export hff --tokenizer tok", "format: 'hff' must be one of hf, tiktoken, gpt2: did you mean hf?"),
+            ("show a b --tokenizer tok", "'b' is one word too many: a value with blanks in it goes in quotes"),
+            ("encode a.txt --tokenizer", "--tokenizer: expected one argument"),
+            (
+                "train --special_tokens <|a|> a.txt --vocab_size 260 --output tok",
+                "missing TEXT: --special_tokens takes every word after it, so put TEXT before it",
+            ),
+        ],
+    )
+    def test_bad_usage_is_one_line(self, command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as left:
+            main(command.split())
+        assert left.value.code == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+
+    def test_words_that_look_like_options_are_texts_after_two_dashes(
+        self, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["show", "--tokenizer", str(folder), "--", "--low"]) == 0
+        assert "low" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("verb", "words"),
+        [
+            ("train", ["(default: strict)", "(default: <|endoftext|>)", "default: one per processor"]),
+            ("bench", ["Measure this tokenizer", "(default: 3)", "(default: 900)", "(default: 32000)"]),
+        ],
+    )
+    def test_help_has_the_defaults(self, verb: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert [phrase for phrase in words if phrase not in shown] == []
 
 
 class TestWholePath:
@@ -143,6 +196,68 @@ class TestBadInput:
             assert cause in err
             assert err.count("\n") == 1
         assert not output.exists()
+
+    @pytest.mark.parametrize(
+        ("command", "message"),
+        [
+            ("train nope.txt --vocab_size 260 --output new", "nope.txt: there is no such file"),
+            ("encode nope --tokenizer tok", "nope: there is no such file"),
+            ("encode text.txt --tokenizer text.txt", "text.txt is a file, not a folder"),
+            ("train text.txt --vocab_size 260 --output text.txt", "text.txt is a file, not a folder"),
+            ("export hf --tokenizer tok --output text.txt/x/y.json", "text.txt is a file, not a folder"),
+            ("export tiktoken --tokenizer tok --output full", "full is a folder, not a file"),
+            ("encode text.txt --tokenizer tok --output full.npy", "full.npy is a folder, not a file"),
+            ("encode text.txt --tokenizer tok --num_threads 0", "num_threads=0 must be at least 1"),
+            ("encode text.txt --tokenizer tok --num_threads -2 --output x.npy", "num_threads=-2 must be at least 1"),
+            ("train text.txt --vocab_size 260 --output new --num_threads 0", "num_threads=0 must be at least 1"),
+            (
+                "train text.txt --vocab_size 260 --output new --special_tokens <|a|> text.txt",
+                "--special_tokens takes every word after it, so put text.txt before it",
+            ),
+        ],
+    )
+    def test_what_is_wrong_with_a_file_is_said_in_words(
+        self,
+        text: Path,
+        folder: Path,
+        tmp_path: Path,
+        command: str,
+        message: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full.npy").mkdir()
+        assert main(command.split()) == 2
+        said = capsys.readouterr().err.replace(f"{tmp_path.resolve()}/", "")
+        assert said == f"error: {message}\n"
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (OSError(errno.ENOSPC, "No space left on device", "x"), "x: No space left on device"),
+            (OSError(errno.EACCES, "Permission denied", b"x"), "x: Permission denied"),
+            (OSError(errno.EXDEV, "Invalid cross-device link", ".x.part", None, "x"), "x: Invalid cross-device link"),
+            (OSError(errno.EADDRINUSE, "Address already in use"), "Address already in use"),
+            (OSError("not a\ngzipped file"), "not a gzipped file"),
+            (ValueError("two\nlines"), "two lines"),
+        ],
+    )
+    def test_other_errors_keep_the_systems_words(self, error: Exception, said: str) -> None:
+        assert in_one_line(error) == said
+
+    def test_a_file_that_may_not_be_written_is_called_by_its_own_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(part: Path, *_: object, **__: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(part))
+
+        monkeypatch.setattr("builtins.open", refuse)
+        with pytest.raises(PermissionError) as refused, atomic_write(tmp_path / "x.json"):
+            pass
+        assert refused.value.filename == str(tmp_path / "x.json")
 
     def test_a_process_says_the_same(self, folder: Path) -> None:
         done = run("decode", "999999", "--tokenizer", folder)

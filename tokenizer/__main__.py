@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenizer.options import Parser, in_one_line
+
 if TYPE_CHECKING:
     from tokenizer.bpe import Tokenizer
 
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if "new thread" not in str(error):
@@ -53,9 +55,9 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
-def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+def build_parser(argv: Sequence[str]) -> Parser:
     """The command line; the options of `bench` are added when `argv` asks for it."""
-    parser = argparse.ArgumentParser(prog="python -m tokenizer", description="Exact byte-level BPE, fast.")
+    parser = Parser(prog="python -m tokenizer", description="Exact byte-level BPE, fast.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     verb = verbs.add_parser("train", help="learn a vocabulary from text files", description=train.__doc__)
@@ -101,7 +103,11 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     add_tokenizer(verb)
     verb.add_argument("--output", type=Path, required=True, metavar="PATH", help="file to write; for gpt2 a folder")
 
-    verb = verbs.add_parser("bench", help="speed and memory beside every tokenizer library that is installed")
+    verb = verbs.add_parser(
+        "bench",
+        help="speed and memory beside every tokenizer library that is installed",
+        description="Measure this tokenizer and each installed rival on the same text, on the same cores, in turn.",
+    )
     if "bench" in argv[:1]:
         from tokenizer import bench
 
@@ -129,7 +135,7 @@ def add_special_tokens(verb: argparse.ArgumentParser) -> None:
         nargs="*",
         default=["<|endoftext|>"],
         metavar="TOKEN",
-        help="strings that are never cut (default: <|endoftext|>)",
+        help="strings that are never cut; all words up to the next option",
     )
 
 
@@ -163,6 +169,9 @@ def train(options: argparse.Namespace) -> None:
 
     if (options.output / "meta.json").exists() and "sha256" not in files.read_meta(options.output):
         raise ValueError(f"{options.output} is a dataset's folder: write the tokenizer into {options.output}/tokenizer")
+    for token in options.special_tokens:
+        if os.path.isfile(token):  # noqa: PTH113 - which, unlike Path.is_file, bears a token too long for a name
+            raise ValueError(f"--special_tokens takes every word after it, so put {token} before it")
     vocab, merges = train_bpe(
         options.input,
         options.vocab_size,
@@ -182,8 +191,9 @@ def encode(options: argparse.Namespace) -> None:
         raise ValueError(f"--shard {options.shard} needs --output FILE.npy")
     tokenizer = load(options.tokenizer)
     if options.output is None:
-        from tokenizer.chunks import read_text
+        from tokenizer.chunks import default_threads, read_text
 
+        default_threads(options.num_threads)  # refuses what is no number of threads
         for path in options.input:
             print(*tokenizer.encode(read_text(path, options.errors)))
         return

@@ -52,8 +52,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         os.replace(part, target)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = os.fspath(path)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, part, os.fspath(part)):
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
     flush_folder(target.parent)
 

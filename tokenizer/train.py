@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenizer import reference
-from tokenizer.chunks import Errors, Paths, check_errors, list_paths, read_text
+from tokenizer.chunks import Errors, Paths, check_errors, default_threads, list_paths, read_text
 from tokenizer.pretokenize import PretokenCounts, check_special_tokens, count_pretokens
 from tokenizer.progress import progress_bar
 
@@ -61,6 +61,7 @@ def train_bpe(
     """
     check_special_tokens(special_tokens)
     check_errors(errors, special_tokens)
+    num_threads = default_threads(num_threads)
     num_merges = vocab_size - 256 - len(special_tokens)
     if num_merges < 0:
         least = f"256 bytes + {len(special_tokens)} special tokens = {256 + len(special_tokens)}"
