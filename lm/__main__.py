@@ -4,12 +4,16 @@ import contextlib
 import gc
 import importlib
 import inspect
+import itertools
 import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from tokenizer.options import in_one_line
 
 STARTED = time.monotonic()
 
@@ -49,14 +53,30 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
+def bare_option(tool: Callable[..., Any]) -> str | None:
+    """The option whose name may be left out: the first parameter, where it has a default."""
+    first = next(iter(inspect.signature(tool).parameters.values()))
+    return first.name if first.default is not inspect.Parameter.empty else None
+
+
 def spelled_out(tool: Callable[..., Any], args: list[str]) -> list[str]:
     """Options in full: `gpt2-xl` means `--model=gpt2-xl` where that is the first option, `--json` means `--json=true`.
 
     A first parameter without a default is a positional one for the parser anyway.
+
+    Raises:
+        ValueError: an option is there twice, of which the parser would drop one, or a prompt lacks its quotes.
     """
     parameters = list(inspect.signature(tool).parameters.values())
-    if args and not args[0].startswith("-") and parameters[0].default is not inspect.Parameter.empty:
-        args = [f"--{parameters[0].name}={args[0]}", *args[1:]]
+    if (first := bare_option(tool)) and args and not args[0].startswith("-"):
+        words = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
+        if first == "prompt" and len(words) > 1:
+            raise ValueError(f'put the prompt in quotes: --prompt "{" ".join(words)}"')
+        args = [f"--{first}={args[0]}", *args[1:]]
+    given = Counter(arg.partition("=")[0] for arg in args)
+    for parameter in parameters:
+        if given[f"--{parameter.name}"] > 1:
+            raise ValueError(f"--{parameter.name} is there more than once: give it one value")
     switches = {f"--{parameter.name}" for parameter in parameters if parameter.annotation is bool}
     following = [*args[1:], ""]
     return [
@@ -108,14 +128,16 @@ def main(argv: list[str]) -> int:
 
             tool = getattr(importlib.import_module(module), name)
         args = spelled_out(tool, argv[1:])
-        auto_cli(tool, args=args, prog=f"python -m lm {command}", parser_class=ToolParser)
+        bare = bare_option(tool)
+        words = f"%(prog)s [[--{bare}] {bare.upper()}] [options]" if bare else None
+        auto_cli(tool, args=args, prog=f"python -m lm {command}", usage=words, parser_class=ToolParser)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the interpreter flush into it
         return 141
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

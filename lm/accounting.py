@@ -32,6 +32,8 @@ _GPT2 = {
     "gpt2-large": (36, 1280, 20),
     "gpt2-xl": (48, 1600, 25),
 }
+FIT_KEYS = {"seed_everything", "trainer", "model", "data", "run", "resume"}
+FIT_KEYS |= {"matmul_precision", "ckpt_path", "weights_only"}
 _VOCAB_SIZES = {"builtin": 2048, "tinystories": 10_000, "owt": 32_000}
 
 ADAMW_FLOPS_PER_PARAMETER = 14  # decay 2, first moment 3, second moment 4, update 5 (root, + eps, ÷, · lr, −)
@@ -67,13 +69,15 @@ def config_from_yaml(*paths: Path) -> TransformerConfig:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no YAML, no mapping, a setting that no model has, an unknown corpus, or a text without a vocabulary
-            size; names the file.
+        ValueError: no YAML, no mapping, a key that `fit` has not, as in the file of a sweep, a setting that no model
+            has, an unknown corpus, or a text without a vocabulary size; names the file.
     """
     model: dict[str, Any] = {}
     data: dict[str, Any] = {}
     for path in (default_config(), *paths):
         settings = read_settings(path)
+        if foreign := {str(key).partition(".")[0] for key in settings} - FIT_KEYS:
+            raise ValueError(f"{path} is no configuration of `fit`, which has no {', '.join(sorted(foreign))}")
         data |= _section(settings, "data", path)
         model |= _section(_section(settings, "model", path), "transformer", path)
         unknown = model.keys() - {field.name for field in dataclasses.fields(TransformerConfig)}

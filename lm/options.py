@@ -1,12 +1,14 @@
 """What is said about a wrong option: one line, with a guess at what was meant."""
 
-import difflib
 import os
 import re
 import sys
+from argparse import Action
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from tokenizer.options import one_of, suggest, too_many
 
 
 def is_first_rank() -> bool:
@@ -45,9 +47,10 @@ def explain(message: str, keys: list[str]) -> str:
     unknown = unknown or re.search(r"does not accept option '(.*)'", message)
     if unknown:
         name = unknown[1].removeprefix("--")
-        close = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-        hint = f"did you mean --{close[0]}?" if close else "`--help` lists what there is"
-        return f"--{name} is no option: {hint}"
+        return f"--{name} is no option: {suggest(name, keys, '--')}"
+    stray = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
+    if stray:
+        return too_many(stray[1])
     bad = re.search(r'Parser key "([^"]+)":\s', message)
     given = re.search(r"(?:Got value|Given value): (.*)", message)
     if not (bad and given):
@@ -55,15 +58,36 @@ def explain(message: str, keys: list[str]) -> str:
     literals = re.findall(r"Literal\[(.*?)\]", message)
     choices = list(dict.fromkeys(choice.strip(" '") for literal in literals for choice in literal.split(",")))
     if choices:
-        close = difflib.get_close_matches(given[1], choices, n=1)
-        hint = f": did you mean {close[0]}?" if close else ""
-        return f"{bad[1]}: {given[1]!r} must be one of {', '.join(choices)}{hint}"
+        return f"{bad[1]}: {one_of(given[1], choices)}"
     types = list(dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message)))
     return f"{bad[1]}: {given[1]!r} must be {' or '.join(types).replace('NoneType', 'null')}"
 
 
+def plain_type(name: str) -> str:
+    """A type as the help shows it: what can be written, not how Python calls it.
+
+    >>> plain_type("Optional[Literal['scratch', 'fused']]"), plain_type("<class 'Path'>")
+    ('scratch | fused | null', 'Path')
+    """
+    name = re.sub(r"<class '([\w.]+)'>", r"\1", name)
+    name = re.sub(r"Literal\[(.*?)\]", lambda literal: re.sub(r",\s*", " | ", literal[1].replace("'", "")), name)
+    return re.sub(r"Optional\[(.*)\]", r"\1 | null", name)
+
+
+class PlainHelp(DefaultHelpFormatter):
+    """The help of the commands that need no Trainer."""
+
+    def _get_type_str(self, action: Action) -> str | None:
+        name = super()._get_type_str(action)
+        return name and plain_type(name)
+
+
 class ToolParser(ArgumentParser):
     """The parser of the commands that need no Trainer."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        settings.setdefault("formatter_class", PlainHelp)
+        super().__init__(*arguments, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the line and leave with exit code 2."""

@@ -410,13 +410,16 @@ def report(study: str, logs: str = "logs") -> None:
     """Write logs/<study>/REPORT.md and its curves from the study's run files.
 
     Args:
-        study: the folder's name below `logs`.
+        study: the folder's name below `logs`, or a path to it.
         logs: where the studies are.
 
     Raises:
-        FileNotFoundError: no run below logs/<study> has metrics.
+        FileNotFoundError: no run in the study's folder has metrics.
     """
     folder = Path(logs) / study
+    if not folder.is_dir() and Path(study).is_dir():
+        folder = Path(study)
+        study = folder.relative_to(logs).as_posix() if folder.is_relative_to(logs) else study
     runs = find_runs(folder)
     if not runs:
         raise FileNotFoundError(f"no runs in {folder}: make some with `python -m lm fit` or `python -m lm sweep`")

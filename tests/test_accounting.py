@@ -238,6 +238,9 @@ def test_model_of_configuration_files(tmp_path: Path) -> None:
     over.write_text("model: {transformer: {layers: 2}}\n")
     with pytest.raises(ValueError, match=r"over\.yaml: model\.transformer has no layers"):
         accounting.config_from_yaml(over)
+    over.write_text("study: rates\ngrid: {model.optimizer.lr: [1, 2]}\n")
+    with pytest.raises(ValueError, match=r"over\.yaml is no configuration of `fit`, which has no grid, study$"):
+        accounting.config_from_yaml(over)
     over.write_text("data: {corpus: pile}\n")
     with pytest.raises(ValueError, match=r"data\.corpus='pile' must be one of builtin, "):
         accounting.config_from_yaml(over)

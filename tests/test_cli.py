@@ -141,6 +141,52 @@ def test_a_wrong_option_is_one_line_with_a_suggestion(
     assert "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "nope.yaml"], "nope.yaml: there is no such file"),
+        (["sweep", "folder"], "folder is a folder, not a file"),
+        (["generate", "Once", "upon", "--seed=3"], 'put the prompt in quotes: --prompt "Once upon"'),
+        (["generate", "--prompt=a", "--prompt", "b"], "--prompt is there more than once: give it one value"),
+        (["generate", "a", "--prompt=b"], "--prompt is there more than once: give it one value"),
+        (["account", "gpt2", "owt"], "'owt' is one word too many: a value with blanks in it goes in quotes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_is_wrong_with_a_tools_words_is_said_in_words(
+    lm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    assert lm(*arguments) == 2
+    assert capfd.readouterr().err == f"error: {message}\n"
+
+
+def test_prompts_that_cannot_be_read_are_named(fit: Run, lm: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    assert fit() == 0
+    capfd.readouterr()
+    for name, message in (("nope", "nope: there is no such file"), ("logs", "logs is a folder, not a file")):
+        assert lm("generate", "--prompts", name) == 2
+        assert capfd.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("tool", "usage", "types"),
+    [
+        ("account", "account [[--model] MODEL] [options]", ["(type: scratch | fused | null, default: null)"]),
+        ("serve", "serve [[--ckpt] CKPT] [options]", ["(type: Path, default: logs)"]),
+        ("import", "", ["(required, type: Path)", "(required, type: hf)"]),
+    ],
+)
+def test_a_tools_help_is_in_plain_words(
+    lm: Run, capfd: pytest.CaptureFixture[str], tool: str, usage: str, types: list[str]
+) -> None:
+    assert lm(tool, "--help") == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    assert usage in shown
+    assert [name for name in types if name not in shown] == []
+    assert not [name for name in ("<class", "Literal[", "Optional[") if name in shown]
+
+
 def test_a_misspelt_key_of_a_file_is_named(lm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my.yaml").write_text("model: {optimizer: {learning_rate: 3}}\n")
     assert lm("fit", "--config=my.yaml") == 2

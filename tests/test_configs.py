@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lm.accounting import config_from_yaml
+from lm.accounting import FIT_KEYS, config_from_yaml
 from lm.cli import CLI, default_configs, find_problems
 from lm.control import Signals
 from lm.model import TransformerConfig
@@ -95,6 +95,10 @@ def test_the_leaderboard_is_a_base_with_a_cap(minutes: int, cli: CLI) -> None:
     head = LEADERBOARD.read_text().split("\ndata:")[0]
     assert "#   python -m lm fit --config configs/owt.yaml --config configs/leaderboard.yaml\n" in head
     assert "Expected: " in head
+
+
+def test_accounting_knows_the_keys_of_a_configuration(cli: CLI) -> None:
+    assert parse(cli).as_dict().keys() - {"config", "__default_config__"} == FIT_KEYS
 
 
 @pytest.mark.parametrize("names", [["owt"], ["owt", "leaderboard"], ["tinystories", "ablations/silu"]])

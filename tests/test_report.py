@@ -141,6 +141,18 @@ def test_a_copy_beside_a_run_does_not_count(study: Path) -> None:
     assert find_runs(study) == before
 
 
+def test_a_path_to_the_study_is_as_good_as_its_name(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(study.parent.parent)
+    logs = study.parent.name
+    report("learning_rate", logs=logs)
+    page = (study / "REPORT.md").read_text()
+    (study / "REPORT.md").unlink()
+    report(f"{logs}/learning_rate/", logs=logs)
+    assert (study / "REPORT.md").read_text() == page
+    report(f"{logs}/learning_rate")
+    assert f"`python -m lm report {logs}/learning_rate`" in (study / "REPORT.md").read_text(), "of another folder"
+
+
 def test_no_runs_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no runs in .*nothing"):
         report("nothing", logs=str(tmp_path))
