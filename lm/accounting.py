@@ -99,19 +99,49 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no YAML, or no mapping; names the file.
+        ValueError: no YAML, no mapping, or a key that is given twice; names the file and, if there is one, the line.
     """
     import yaml
 
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        document = loader.get_single_node()
+        twice = _given_twice(document)
+        settings = loader.construct_document(document) if document else {}
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: bytes that are no text, 2026-13-01
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{where}: no valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if twice:
+        raise ValueError(f"{path}, {twice}")
     if not isinstance(settings, dict | None):
         raise ValueError(f"{path}: a mapping of settings is wanted (`name: value`), not a {type(settings).__name__}")
     return settings or {}
+
+
+def _given_twice(document: Any) -> str | None:
+    """Where a mapping has a key twice, of which YAML's reader would keep the last without a word; None if none has.
+
+    Args:
+        document: a node as the file has it, before its merge keys (`<<`) are resolved: what they bring may be replaced.
+    """
+    waiting, seen = [document] if document else [], set()
+    while waiting:
+        node = waiting.pop()
+        if node.id == "scalar" or id(node) in seen:  # aliases lead to one node many times
+            continue
+        seen.add(id(node))
+        if node.id == "sequence":
+            waiting += node.value
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in lines and name != "<<":
+                return f"line {line}: {name!r} is given twice (first in line {lines[name]})"
+            lines[name] = line
+            waiting.append(value)
+    return None
 
 
 def _section(settings: dict[str, Any], name: str, path: Path) -> dict[str, Any]:

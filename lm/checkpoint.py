@@ -202,6 +202,16 @@ def check_checkpoint(path: PathLike) -> Path:
     return path
 
 
+def glance_at(path: PathLike) -> None:
+    """Refuse, by the directory at its end alone, a file that is no archive.
+
+    Raises:
+        CheckpointError: no checkpoint, or one cut off; names a good one beside it.
+    """
+    if not zipfile.is_zipfile(path):
+        check_checkpoint(path)
+
+
 def _good_one_beside(path: Path) -> str:
     good = next((other for other in _recorded(path.parent) if other != path and not find_damage(other)), None)
     return f"; {good} is good" if good else ""

@@ -5,6 +5,7 @@ then each `--config` in order, then the command line. What is wrong with them is
 touched.
 """
 
+import itertools
 import logging
 import os
 import shlex
@@ -25,13 +26,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lm import default_config
+from lm.accounting import read_settings
 from lm.bundle import write_bundle
 from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, duration, figures, say
 from lm.checkpoint import (
     AtomicCheckpointIO,
+    CheckpointError,
     best_checkpoint,
     check_folder,
     find_run,
+    glance_at,
     lock_run,
     newest_checkpoint,
 )
@@ -48,6 +52,10 @@ from tokenizer.files import atomic_write
 
 PARENT = "LM_PARENT"  # environment variable: the process that started this one
 
+SECTIONS = ("trainer", "data", "run", "model", "model.transformer", "model.optimizer", "model.schedule")
+
+STRATEGIES = ("auto", "ddp", "fsdp2")
+
 CheckpointIO.register(AtomicCheckpointIO)
 
 TRAINER_DEFAULTS = {
@@ -63,11 +71,43 @@ TRAINER_DEFAULTS = {
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong in one line, with a guess at what was meant."""
+    """Takes options by their whole names; says what is wrong in one line, with a guess at what was meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """The settings of a `--config` file.
+
+        Raises:
+            ValueError: no mapping of settings, or what is none in place of a section; names the file.
+        """
+        path = Path(cfg_path)
+        if path.is_file():  # a pipe can be read only once
+            settings = read_settings(path)
+            check_sections(settings, path)
+            if not settings:
+                return Namespace()
+        return super().parse_path(cfg_path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Print the line and leave with exit code 2."""
         fail([explain(message, known_keys(self))])
+
+
+def check_sections(settings: dict[str, Any], path: Path) -> None:
+    """Refuse a section of a configuration file that is none.
+
+    Raises:
+        ValueError: names the file and the section.
+    """
+    for name in SECTIONS:
+        section: Any = settings
+        for part in name.split("."):
+            section = section.get(part, {})
+            if not isinstance(section, dict):
+                value = "empty" if section is None else repr(section)
+                raise ValueError(f"{path}: `{part}` must be a mapping of settings (`name: value`), not {value}")
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -127,6 +167,8 @@ class CLI(LightningCLI):
         """
         self.started, self.signals = started, signals
         self.resumed: Path | None = None
+        for file in itertools.chain(*defaults.values()):
+            check_sections(read_settings(Path(file)), Path(file))
         parsers: dict[str, Any] = {name: {"default_config_files": files} for name, files in defaults.items()}
         super().__init__(
             LanguageModel,
@@ -137,13 +179,21 @@ class CLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            seed_everything_default=0,
         )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's own verbs that make sense here."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed: a number, where Lightning's may be drawn, anew for each rank and each time the run goes on."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=0,
+            help="Of the weights, and of the data's order unless data.seed says otherwise: from 0 to 4294967295.",
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run section, and what is said once and used in two places."""
@@ -171,11 +221,15 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning's would let the checkpoint's settings win over what the user typed."""
 
+    def _set_seed(self) -> None:
+        """Later, when it is known to be one."""
+
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work, all of it at once, before any data is touched."""
         config = self.config[self.subcommand]
         if problems := find_problems(config, str(self.subcommand)):
             fail(problems)
+        super()._set_seed()
         torch.set_float32_matmul_precision(config.matmul_precision)
         if config.run.name is None:
             config.run.name = default_run_name(config.data)
@@ -229,6 +283,10 @@ class CLI(LightningCLI):
         built = super().instantiate_trainer(**kwargs)
         self.signals.launcher = built.strategy.launcher
         return built
+
+    def before_fit(self) -> None:
+        """Data that cannot be trained on leave no run behind."""
+        self.datamodule.check("fit")
 
     def fit(self, **kwargs: Any) -> None:
         """Train; then make up for a last validation that a signal had cut off."""
@@ -328,30 +386,60 @@ def find_problems(config: Namespace, subcommand: str) -> list[str]:
     trainer, data, schedule = config.trainer, config.data, config.model.schedule
     if subcommand == "fit":
         problems += run_problems(trainer, schedule, config.run) + update_problems(trainer, config.model)
-    for name in ("train_text", "valid_text"):
-        if data.directory is None and getattr(data, name) is not None and not Path(getattr(data, name)).is_file():
-            problems.append(f"data.{name}: there is no file {getattr(data, name)}")
+    problems += data_problems(data)
+    if not 0 <= config.seed_everything < 2**32:
+        problems.append(f"seed_everything={config.seed_everything} must be from 0 to {2**32 - 1}")
     if uses_cuda_graphs(config.model.compile) and trainer.accumulate_grad_batches > 1:
         problems.append(
             f"model.compile={config.model.compile} with trainer.accumulate_grad_batches="
             f"{trainer.accumulate_grad_batches}: each batch would overwrite the gradients of the one before; "
             "use --model.compile true"
         )
+    if config.ckpt_path is not None:
+        problems += checkpoint_problems(Path(config.ckpt_path))
+    return problems + device_problems(trainer) + process_problems(trainer)
+
+
+def data_problems(data: Namespace) -> list[str]:
+    """What is wrong with the data's settings and the names of its texts."""
+    problems = [
+        f"data.{name}={data[name]} must be at least 1"
+        for name in ("context_length", "val_context_length", "batch_size", "val_batch_size")
+        if data[name] is not None and data[name] < 1
+    ]
+    for name in ("train_text", "valid_text"):
+        if data.directory is not None or data[name] is None or Path(data[name]).is_file():
+            continue
+        if Path(data[name]).is_dir():
+            problems.append(f"data.{name}: {data[name]} is a directory; give a text file (.txt, .txt.gz, .txt.xz)")
+        else:
+            problems.append(f"data.{name}: there is no file {data[name]}")
     if (data.val_context_length or 0) > data.context_length:
         problems.append(
             f"data.val_context_length={data.val_context_length} is longer than data.context_length="
             f"{data.context_length}: the model takes no more tokens than that at once"
         )
-    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-        problems.append(f"ckpt_path: there is no file {config.ckpt_path}")
-    return problems + device_problems(trainer) + process_problems(trainer)
+    return problems
+
+
+def checkpoint_problems(path: Path) -> list[str]:
+    """Whether a checkpoint can be seen at a glance to be none; all of it is checked when it is loaded."""
+    if not path.is_file():
+        return [f"ckpt_path: there is no file {path}"]
+    try:
+        glance_at(path)
+    except CheckpointError as error:
+        return [f"ckpt_path: {error}"]
+    return []
 
 
 def run_problems(trainer: Namespace, schedule: Namespace, run: Namespace) -> list[str]:
     """What is wrong with a run's length."""
     problems = []
-    if trainer.max_steps <= 0 and run.max_minutes is None:
+    if trainer.max_steps == -1 and run.max_minutes is None:
         problems.append(f"trainer.max_steps={trainer.max_steps} without run.max_minutes: the run would never end")
+    if trainer.max_steps == 0 or trainer.max_steps < -1:
+        problems.append(f"trainer.max_steps={trainer.max_steps} must be at least 1, or -1 to be ended by the clock")
     if 0 < trainer.max_steps <= schedule.warmup_steps:
         problems.append(
             f"model.schedule.warmup_steps={schedule.warmup_steps} must be less than trainer.max_steps="
@@ -359,7 +447,7 @@ def run_problems(trainer: Namespace, schedule: Namespace, run: Namespace) -> lis
         )
     if schedule.follow == "clock" and run.max_minutes is None:
         problems.append("model.schedule.follow=clock needs run.max_minutes: there is no clock to follow")
-    if schedule.follow == "steps" and trainer.max_steps <= 0:
+    if schedule.follow == "steps" and trainer.max_steps == -1:
         problems.append("model.schedule.follow=steps needs trainer.max_steps: set it, or follow the clock")
     if run.max_minutes is not None and trainer.num_sanity_val_steps in (0, 1):
         problems.append(
@@ -383,12 +471,23 @@ def update_problems(trainer: Namespace, model: Namespace) -> list[str]:
         for name in ("accumulate_grad_batches", "log_every_n_steps")
         if trainer[name] is not None and trainer[name] < 1
     ]
+    problems += [
+        f"trainer.{name}={trainer[name]}: the run would end before its first update; leave it out"
+        for name in ("max_epochs", "limit_train_batches")
+        if trainer[name] == 0
+    ]
+    if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
+        problems.append(f"trainer.gradient_clip_val={trainer.gradient_clip_val} must be above 0, or 0 for no clipping")
     if trainer.overfit_batches:
         problems.append(f"trainer.overfit_batches={trainer.overfit_batches}: train on a short text instead")
     if trainer.gradient_clip_algorithm == "value":
         problems.append(
             "trainer.gradient_clip_algorithm=value: only the norm of all gradients can be clipped; leave it out"
         )
+    if trainer.barebones:
+        problems.append("trainer.barebones=true: it would leave out checkpoints and the log; leave it out")
+    if isinstance(trainer.strategy, str) and trainer.strategy not in STRATEGIES:
+        problems.append(f"trainer.strategy={trainer.strategy}: use one of {', '.join(STRATEGIES)}")
     if model.optimizer.head_lr is not None and model.transformer.head == "tied":
         problems.append(
             f"model.optimizer.head_lr={model.optimizer.head_lr}, but model.transformer.head=tied has none of its own: "

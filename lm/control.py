@@ -37,7 +37,7 @@ class RunConfig:
     """How a run is kept, watched and ended.
 
     Attributes:
-        name: the run's folder, `<logs>/<name>/version_k`; default, that of the corpus.
+        name: the run's folder, `<logs>/<name>/version_k`, below `logs`; default, that of the corpus.
         logs: where the runs are.
         max_minutes: wall-clock from the start of the process to its end, final checkpoint and validation included;
             what a resumed run used before counts.
@@ -76,6 +76,9 @@ class RunConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if not 0 <= self.sample_tokens <= LONGEST:
             raise ValueError(f"sample_tokens={self.sample_tokens} must be from 0 to {LONGEST:,}")
+        place = Path("run" if self.name is None else self.name)
+        if not place.parts or place.is_absolute() or ".." in place.parts:
+            raise ValueError(f"name={self.name!r} must be a name, not a path: --run.logs says where")
 
 
 class Stopped(BaseException):  # not an Exception: no library on the way may take it for one of its own errors

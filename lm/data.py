@@ -422,6 +422,14 @@ class TokenDataModule(pl.LightningDataModule):
         if self.directory is None:
             self._prepare()
 
+    def check(self, stage: str) -> None:
+        """Prepare what is missing and look at the files, as `setup` does, before Lightning makes the run's folder.
+
+        Raises:
+            FileNotFoundError, ValueError: as `setup`.
+        """
+        self._open(self.directory or self._prepare(), stage)
+
     def _prepare(self) -> Path:
         from lm.prepare import prepare
 
@@ -438,15 +446,20 @@ class TokenDataModule(pl.LightningDataModule):
         if self.directory is None:
             self.directory = self._prepare()  # made by now: this only finds out where it lies
         self.meta = read_meta(self.directory)
-        if self.meta["vocab_size"] > self.vocab_size:
+        self._splits |= self._open(self.directory, stage)
+
+    def _open(self, directory: Path, stage: str) -> dict[str, TokenFile]:
+        """The splits that a stage reads, none of them shorter than a window."""
+        vocab_size = read_meta(directory)["vocab_size"]
+        if vocab_size > self.vocab_size:
             raise ValueError(
-                f"vocab_size={self.vocab_size} is smaller than the vocabulary of {self.directory} "
-                f"({self.meta['vocab_size']})"
+                f"vocab_size={self.vocab_size} is smaller than the vocabulary of {directory} ({vocab_size})"
             )
         lengths = {"train": self.context_length, "valid": 1} if stage == "fit" else {"valid": 1}
-        for split, needed in lengths.items():
-            self._splits[split] = open_split(self.directory, split)
-            check_length(len(self._splits[split]), needed, str(self._splits[split].path))
+        splits = {split: open_split(directory, split) for split in lengths}
+        for split, tokens in splits.items():
+            check_length(len(tokens), lengths[split], str(tokens.path))
+        return splits
 
     @property
     def _shard(self) -> tuple[int, int]:

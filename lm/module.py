@@ -26,7 +26,8 @@ CompileMode = Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagr
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer's settings (lm/optim.py). The norm that gradients are clipped to is `trainer.gradient_clip_val`.
+    """The optimizer's settings (lm/optim.py). The norm that gradients are clipped to is `trainer.gradient_clip_val`
+    (0: they are not).
 
     Attributes:
         lr: the highest learning rate; the schedule does the rest, also to those of the parts, below.

@@ -47,19 +47,25 @@ def explain(message: str, keys: list[str]) -> str:
     unknown = unknown or re.search(r"does not accept option '(.*)'", message)
     if unknown:
         name = unknown[1].removeprefix("--")
-        return f"--{name} is no option: {suggest(name, keys, '--')}"
+        ending = [key for key in keys if key.endswith(f".{name}")]
+        return f"--{name} is no option: {suggest(name, ending or keys, '--')}"
     stray = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
     if stray:
         return too_many(stray[1])
+    linked = re.search(r"argument (?:\w+\()?([\w.]+).* --> ([\w.]+):", message)
+    if linked:
+        return f"--{linked[2]} follows from --{linked[1]}: set that instead"
     bad = re.search(r'Parser key "([^"]+)":\s', message)
     given = re.search(r"(?:Got value|Given value): (.*)", message)
     if not (bad and given):
-        return " ".join(message.split())
+        return re.sub(r'^Parser key "([^"]+)":', r"\1:", " ".join(message.split()))
     literals = re.findall(r"Literal\[(.*?)\]", message)
     choices = list(dict.fromkeys(choice.strip(" '") for literal in literals for choice in literal.split(",")))
     if choices:
         return f"{bad[1]}: {one_of(given[1], choices)}"
     types = list(dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message)))
+    if types in (["tuple"], ["list"]):
+        return f"{bad[1]}: {given[1]!r} must be a list, with brackets: '[{given[1]}]'"
     return f"{bad[1]}: {given[1]!r} must be {' or '.join(types).replace('NoneType', 'null')}"
 
 

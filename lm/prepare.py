@@ -388,6 +388,10 @@ def _train_tokenizer(stages: Stages, text: Path, vocab_size: int, progress: bool
 
     inputs = {"text_sha256": stages.sha256(text), "vocab_size": vocab_size, "special_tokens": SPECIAL_TOKENS}
     outputs = [f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer.json", "meta.json")]
+    size = stages.notes.get("tokenizer", {"inputs": inputs})["inputs"]["vocab_size"]
+    if size != vocab_size:
+        line = f"{stages.directory} has {size:,} tokens, {vocab_size:,} wanted: making it anew"
+        print(f"prepare: {line}", file=sys.stderr)
     stages.run("tokenizer", f"training a tokenizer of {vocab_size:,} tokens on {text}", inputs, outputs, work)
 
 

@@ -250,6 +250,7 @@ def test_model_of_configuration_files(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("model: [a\ndata: b", "bad.yaml, line 2: no valid YAML: expected ',' or ']', but got ':'"),
+        ("data: {}\ndata: {}", "bad.yaml, line 2: 'data' is given twice (first in line 1)"),
         ("- model", "bad.yaml: a mapping of settings is wanted (`name: value`), not a list"),
         ("model: [1]", "bad.yaml: `model` must be a mapping of settings, not [1]"),
         ("model: {transformer: small}", "bad.yaml: `transformer` must be a mapping of settings, not 'small'"),

@@ -119,7 +119,16 @@ def test_a_tool_starts_without_lightning(tool: str, option: str) -> None:
         (["fit", "--model.transformer.norm=prex"], "model.transformer.norm: 'prex' must be one of pre, post, none"),
         (["fit", "--model.optimizer.lr=fast"], "model.optimizer.lr: 'fast' must be float"),
         (["fit", "--trainer.precision=bf17"], "did you mean bf16?"),
-        (["fit", "--config=absent.yaml"], "absent.yaml"),
+        (["fit", "--config=absent.yaml"], "config: File does not exist: "),
+        (["fit", "--config=."], "config: Path is not a file: "),
+        (["fit", "--lr", "3"], "--lr is no option: did you mean --model.optimizer.lr?"),
+        (["fit", "--trainer.max_step=5"], "--trainer.max_step is no option: did you mean --trainer.max_steps?"),
+        (["fit", "--model.optimizer.betas=0.9,0.95"], "betas: '0.9,0.95' must be a list, with brackets: '[0.9,0.95]'"),
+        (["fit", "--trainer.val_check_interval=3"], "follows from --run.validate_every_n_steps: set that instead"),
+        (["fit", "--seed_everything=true"], "seed_everything: 'True' must be int"),
+        (["fit", "--seed_everything=-1"], "seed_everything=-1 must be from 0 to 4294967295"),
+        (["fit", "--data.batch_size=0"], "data.batch_size=0 must be at least 1"),
+        (["fit", "--data.train_text=."], "data.train_text: . is a directory; give a text file"),
         (["validate", "--data.batchsize=2", "--ckpt_path=x"], "did you mean --data.batch_size?"),
         (["validate"], "no run with a checkpoint below logs: `python -m lm fit` makes one"),
         (["validate", "--ckpt_path=absent.ckpt"], "ckpt_path: there is no file absent.ckpt"),
@@ -193,6 +202,34 @@ def test_a_misspelt_key_of_a_file_is_named(lm: Run, tmp_path: Path, capfd: pytes
     assert "--model.optimizer.learning_rate is no option: did you mean" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("option", [["--config=my.yaml"], ["--config", "my.yaml"], ["-c", "my.yaml"]])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"trainer: {max_steps: 3}\ndata: {seed: 1}\ntrainer: {log_every_n_steps: 1}\n",
+            "my.yaml, line 3: 'trainer' is given twice (first in line 1)",
+        ),
+        (
+            b"trainer:\n  max_steps: 3\n  max_steps: 4\n",
+            "my.yaml, line 3: 'max_steps' is given twice (first in line 2)",
+        ),
+        (b"trainer:\n\tmax_steps: 3\n", "my.yaml, line 2: no valid YAML: found character '\\t' that cannot start"),
+        (b"\xff\x80", "my.yaml: no valid YAML: 'utf-8' codec can't decode"),
+        (b"- trainer\n", "my.yaml: a mapping of settings is wanted (`name: value`), not a list"),
+        (b"trainer: 5\n", "my.yaml: `trainer` must be a mapping of settings (`name: value`), not 5"),
+        (b"model:\n  optimizer:\n", "my.yaml: `optimizer` must be a mapping of settings (`name: value`), not empty"),
+    ],
+)
+def test_a_broken_configuration_is_one_line_with_its_file(
+    lm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], option: list[str], content: bytes, message: str
+) -> None:
+    (tmp_path / "my.yaml").write_bytes(content)
+    assert lm("fit", *option) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith(f"error: {message}")
+
+
 def test_all_that_is_wrong_is_said_at_once_before_any_data_is_touched(
     lm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,6 +269,17 @@ def test_all_that_is_wrong_is_said_at_once_before_any_data_is_touched(
         (["--model.optimizer.matrices=muon", "--trainer.strategy=fsdp2"], "muon needs whole matrices"),
         (["--run.max_minutes=1", "--trainer.num_sanity_val_steps=0"], "num_sanity_val_steps=0 with run.max_minutes"),
         (["--trainer.logger=false"], "the run's folder is its logger's"),
+        (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1 must be above 0, or 0 for no clipping"),
+        (["--trainer.max_epochs=0"], "trainer.max_epochs=0: the run would end before its first update"),
+        (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches=0: the run would end before its first"),
+        (
+            ["--trainer.max_steps=0", "--model.schedule.follow=clock", "--run.max_minutes=1"],
+            "trainer.max_steps=0 must be at least 1, or -1 to be ended by the clock",
+        ),
+        (["--trainer.max_steps=-5"], "trainer.max_steps=-5 must be at least 1, or -1 to be ended by the clock"),
+        (["--trainer.barebones=true"], "trainer.barebones=true: it would leave out checkpoints"),
+        (["--trainer.strategy=foo"], "trainer.strategy=foo: use one of auto, ddp, fsdp2"),
+        (["--run.name=../toy"], "run: name='../toy' must be a name, not a path"),
         (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0 must be at least 1"),
         (["--trainer.log_every_n_steps=0"], "trainer.log_every_n_steps=0 must be at least 1"),
         (["--trainer.overfit_batches=2"], "trainer.overfit_batches=2: train on a short text"),
@@ -253,6 +301,16 @@ def test_a_text_shorter_than_a_window_is_refused(fit: Run, capfd: pytest.Capture
     said = capfd.readouterr().err
     assert "needs at least 100001" in said
     assert "Traceback" not in said
+    assert not RUN.exists()
+
+
+def test_what_is_no_checkpoint_is_said_before_any_data_is_touched(
+    lm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "some.txt").write_text("a text")
+    assert lm("validate", "--ckpt_path=some.txt") == 2
+    assert capfd.readouterr().err.startswith("error: ckpt_path: some.txt (6 bytes) is no whole checkpoint file")
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_parsers_other_messages_become_one_line() -> None:

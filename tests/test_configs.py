@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lm.accounting import FIT_KEYS, config_from_yaml
+from lm.accounting import FIT_KEYS, config_from_yaml, read_settings
 from lm.cli import CLI, default_configs, find_problems
 from lm.control import Signals
 from lm.model import TransformerConfig
@@ -117,6 +117,16 @@ def test_files_merge_in_order_and_the_command_line_comes_last(cli: CLI, tmp_path
     optimizer = config.model.optimizer
     assert (optimizer.lr, optimizer.eps, optimizer.weight_decay, config.trainer.max_steps) == (0.25, 0.1, 0.125, 777)
     assert config.model.transformer.d_model == 128, "configs/builtin.yaml lies below"
+
+
+def test_a_file_may_be_empty_and_give_anew_what_it_merges(cli: CLI, tmp_path: Path) -> None:
+    empty, merging = tmp_path / "empty.yaml", tmp_path / "merging.yaml"
+    empty.write_text("# trainer: {max_steps: 777}\n")
+    assert parse(cli, "--config", str(empty)).trainer == parse(cli).trainer
+    merging.write_text("data: &same {seed: 1, batch_size: 2}\n<<: {data: {<<: *same, batch_size: 3, <<: *same}}\n")
+    assert read_settings(merging) == {"data": {"seed": 1, "batch_size": 2}}
+    merging.write_text("seed_everything: &seed 7\ndata: {seed: *seed, <<: {seed: 3, batch_size: 3}}\n")
+    assert parse(cli, "--config", str(merging)).data.seed == 7
 
 
 def test_the_codes_own_defaults_are_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -349,7 +349,7 @@ def test_bad_data_is_one_line_and_no_run(
     assert cli.main(arguments, time.monotonic()) == 2
     [line] = errors(capsys.readouterr().err)
     assert message in line
-    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not (tmp_path / "logs/toy").exists()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -89,7 +89,9 @@ def test_what_changed_is_redone_with_what_depends_on_it(data, capsys, monkeypatc
     directory = prepare("builtin", data_dir=data, vocab_size=300)
     capsys.readouterr()
     prepare("builtin", data_dir=data, vocab_size=310)
-    assert [line.split()[0] for line in lines(capsys)] == ["training", "encoding", "encoding"]
+    said = lines(capsys)
+    assert said[0] == f"{directory} has 300 tokens, 310 wanted: making it anew"
+    assert [line.split()[0] for line in said[1:]] == ["training", "encoding", "encoding"]
     assert json.loads((directory / "meta.json").read_bytes())["vocab_size"] == 310
     (directory / "valid.npy").unlink()
     prepare("builtin", data_dir=data, vocab_size=310)

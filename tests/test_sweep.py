@@ -105,6 +105,7 @@ def test_bad_files_are_named(grid: Path, change: dict[str, object], message: str
         ("study: [a\nconfigs: b", r"^\S*bad\.yaml, line 2: no valid YAML: expected ',' or '\]'"),
         ("- study: a", r"^\S*bad\.yaml: a mapping of settings is wanted .*, not a list$"),
         ("study", r"^\S*bad\.yaml: a mapping of settings is wanted .*, not a str$"),
+        ("study: a\nseeds: [0]\nstudy: b", r"^\S*bad\.yaml, line 3: 'study' is given twice \(first in line 1\)$"),
         ("study: \0", r"^\S*bad\.yaml: no valid YAML: "),
     ],
 )
