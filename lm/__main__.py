@@ -86,7 +86,35 @@ def spelled_out(tool: Callable[..., Any], args: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Dispatch a command line; the exit code."""
+    """Run a command line; the exit code, 141 when who reads it (`| head`) has seen enough."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character gets a question mark
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        try:
+            code = dispatch(argv)
+        except SystemExit:  # of a parser, after --help
+            flush()
+            raise
+        flush()
+        return code
+    except OSError as error:
+        from lm.options import discard, say
+
+        discard(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            return 141
+        say(f"error: {error}", error=True)
+        return 2
+
+
+def flush() -> None:
+    """Write out what has been printed, while it can still be said that this fails."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def dispatch(argv: list[str]) -> int:
+    """Call what a command line names; the exit code."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls names that 5 drops
     # Threads that spin briefly while they wait, then sleep: without a limit a busy machine loses ten times the speed,
     # with no spinning at all an idle one 40 %.
@@ -133,9 +161,8 @@ def main(argv: list[str]) -> int:
         auto_cli(tool, args=args, prog=f"python -m lm {command}", usage=words, parser_class=ToolParser)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the interpreter flush into it
-        return 141
+    except BrokenPipeError:
+        raise  # no error of the command's
     except (ValueError, OSError) as error:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """What looks on while a run trains: its figures, sample texts, the progress line, the header and the summary."""
 
+import contextlib
 import errno
 import json
 import math
@@ -7,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lm.control import RunControl, Stopped
 from lm.device import device_name, matmul_flops
 from lm.generate import END_OF_TEXT, Sampling, generate
 from lm.module import LanguageModel
+from lm.options import discard, say
 from tokenizer import Tokenizer
 from tokenizer.files import atomic_write, flush_folder
 
@@ -193,15 +195,6 @@ def matmul_dtype(trainer: Trainer) -> Any:
 # ------------------------------------------------------------------------------------------------------------ showing
 
 
-def say(text: str, error: bool = False) -> None:
-    """Print a line, on stderr if asked to; that its reader has gone, `| head` say, is no reason to end a run."""
-    file = sys.stderr if error else sys.stdout
-    try:
-        print(text, file=file, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-
-
 class Samples(Callback):
     """A text after each validation, the same prompt and seed each time, for TensorBoard and the end of the run."""
 
@@ -276,7 +269,7 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to show."""
-        if self.enabled and sys.stderr.isatty():
+        if self.enabled and sys.stderr is not None and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
@@ -285,7 +278,18 @@ class Progress(ProgressBar):
             self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
             total = trainer.max_steps if trainer.max_steps > 0 else None
             self._task = self._bar.add_task("starting", total=total, completed=trainer.global_step)
-            self._bar.start()
+            with self._terminal():
+                self._bar.start()
+
+    @contextlib.contextmanager
+    def _terminal(self) -> Iterator[None]:
+        """In here the bar writes; when its terminal has gone, it is dropped, and nothing is shown any more."""
+        try:
+            yield
+        except OSError:
+            discard(sys.stderr)
+            self._bar.stop()
+            self._bar = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -334,14 +338,16 @@ class Progress(ProgressBar):
         if self.enabled and trainer.state.fn == "fit" and not trainer.sanity_checking:
             text = f"step {trainer.global_step:,}: {figures(pl_module.validation_result)}"
             if self._bar:
-                self._bar.console.print(text, highlight=False)
+                with self._terminal():
+                    self._bar.console.print(text, highlight=False)
             else:
                 say(text, error=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Clear the line."""
         if self._bar:
-            self._bar.stop()
+            with self._terminal():
+                self._bar.stop()
             self._bar = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -403,9 +409,10 @@ class RunRecord(Callback):
         return summary["status"] == "finished" and summary["steps"] == step
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """The run was ended."""
+        """The run was ended; by a full disk, say, on which a summary that cannot be written must not hide that."""
         if trainer.state.fn == "fit" and hasattr(pl_module, "model"):
-            self.write(trainer, pl_module, exception.status if isinstance(exception, Stopped) else "failed")
+            with contextlib.suppress(OSError):
+                self.write(trainer, pl_module, exception.status if isinstance(exception, Stopped) else "failed")
 
     def write(self, trainer: Trainer, module: LanguageModel, status: str) -> None:
         """Write summary.json and the run's line in TensorBoard's hparams tab."""

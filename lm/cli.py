@@ -1,14 +1,15 @@
 """The front door to training: `python -m lm fit` and `validate`, on LightningCLI.
 
-Options come from the code's defaults, then configs/builtin.yaml (or, given a checkpoint, its run's newest configuration),
-then each `--config` in order, then the command line. What is wrong with them is said in one line each, before any data is
-touched.
+Options come from the code's defaults, then configs/builtin.yaml (or, given a checkpoint, its run's newest
+configuration), then each `--config` in order, then the command line. What is wrong with them is said in one line each,
+before any data is touched.
 """
 
 import itertools
 import logging
 import os
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -28,7 +29,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lm import default_config
 from lm.accounting import read_settings
 from lm.bundle import write_bundle
-from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, duration, figures, say
+from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, duration, figures
 from lm.checkpoint import (
     AtomicCheckpointIO,
     CheckpointError,
@@ -39,12 +40,12 @@ from lm.checkpoint import (
     lock_run,
     newest_checkpoint,
 )
-from lm.control import RunConfig, RunControl, Signals, Stopped
+from lm.control import RunConfig, RunControl, Signals, Stopped, requeue_job
 from lm.data import TokenDataModule
 from lm.device import device_name
 from lm.model import TransformerConfig
 from lm.module import LanguageModel, OptimizerConfig, ScheduleConfig, uses_cuda_graphs
-from lm.options import explain, fail, is_first_rank, known_keys
+from lm.options import discard, explain, fail, is_first_rank, known_keys, say
 from lm.prepare import dataset_name
 from lm.ranks import end_ranks, end_with, find_culprit, make_strategy, num_devices, watched_ranks
 from lm.report import by_version, newest_config
@@ -597,37 +598,39 @@ def main(argv: list[str], started: float) -> int:
     """
     silence_libraries()
     signals = Signals()
-    signals.install()
     child = os.environ.get(PARENT) == str(os.getppid())  # a rank that Lightning has started for another process
     if child:
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     os.environ[PARENT] = str(os.getpid())
     try:
+        signals.install()
         defaults = default_configs(argv)
         sys.argv[1:] = argv
         with watched_ranks():
             CLI(started, signals, defaults)
     except Stopped as stop:
-        if child:  # any other code would look like a failure to the first rank, which is still writing
-            return 0
-        print(stop, file=sys.stderr)
+        if child and signals.joined and stop.status != "failed":
+            return 0  # any other code would look like a failure to the first rank, which is still writing
+        if stop.exit_code == 128 + signal.SIGUSR1 and is_first_rank() and "SLURM_JOB_ID" in os.environ:
+            requeue_job()
+        say(str(stop), error=True)
         return stop.exit_code
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 141
     except (ValueError, OSError, MisconfigurationException) as error:
         if signals.deferred and not isinstance(error, OSError):  # while training: a fault, not a setting
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"error: {' '.join(str(error).split())}", error=True)
         return 1 if signals.deferred else 2
     except RuntimeError as error:
         culprit = find_culprit(signals.children, patience=5)
         if culprit is None and signals.children and "imed out" in str(error):
-            culprit = f"a rank did not answer within run.timeout_minutes: {error}"
+            culprit = Stopped("failed", 1, f"error: a rank did not answer within run.timeout_minutes: {error}")
         if culprit is None:
             raise
-        print(f"error: {culprit}", file=sys.stderr)
-        return 1
+        say(str(culprit), error=True)
+        return culprit.exit_code
     finally:
         signals.restore()
         end_ranks(signals.children)

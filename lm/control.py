@@ -1,5 +1,6 @@
 """When a run saves and ends: its last step, its time, a signal, a loss that is not finite."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from lm.checkpoint import (
 )
 from lm.generate import LONGEST
 from lm.module import LanguageModel
+from lm.options import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 DIVERGED_EXIT_CODE = 3
@@ -103,11 +105,17 @@ class Signals:
     """Turns signals into a flag while `deferred`, into `Stopped` at once before and after.
 
     A second Ctrl-C while the first waits ends the process on the spot.
+
+    Attributes:
+        received: the first one that was deferred; 0 for none.
+        deferred: they wait for the end of the update.
+        joined: the ranks train, and end together: none has to tell the first one that it does.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self.deferred = False
+        self.joined = False
         self.launcher: Any = None  # Lightning's, with the other ranks if this process started them
         self._before: dict[int, Any] = {}
 
@@ -137,8 +145,9 @@ class Signals:
             for child in self.children:
                 child.kill()
             os._exit(128 + signum)
-        if not self.received and signum == signal.SIGINT:
-            os.write(2, b"\nfinishing this step and saving; Ctrl-C again leaves at once\n")
+        if not self.received and signum == signal.SIGINT and sys.stderr is not None:  # or 2 may be any file
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nfinishing this step and saving; Ctrl-C again leaves at once\n")
         self.received = self.received or signum
 
 
@@ -259,7 +268,7 @@ class RunControl(Checkpoint):
 
     def _take_signals(self) -> None:
         self.signals.install()
-        self.signals.deferred = True
+        self.signals.deferred = self.signals.joined = True
 
     # ----------------------------------------------------------------------------------------------------- steps
 
@@ -282,13 +291,11 @@ class RunControl(Checkpoint):
         if saving or ending or self._agreed_signal:
             self.save(trainer)
         if self._agreed_signal:
-            self._leave(trainer, self._agreed_signal)
+            self._leave(self._agreed_signal)
         trainer.should_stop = ending
 
-    def _leave(self, trainer: Trainer, signum: int) -> NoReturn:
-        """End the run on a signal; the checkpoint has been written. SIGUSR1 puts a SLURM job back into the queue."""
-        if signum == signal.SIGUSR1 and trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
-            requeue_job()
+    def _leave(self, signum: int) -> NoReturn:
+        """End the run on a signal; the checkpoint has been written."""
         stop = Stopped.by_signal(signum)
         if self.saved is not None:
             stop.args = (f"{stop}; {self.saved} is written: the same command with --resume auto goes on from there",)
@@ -364,7 +371,7 @@ class RunControl(Checkpoint):
             return
         (signum,) = max_over_ranks(trainer, [float(self.signals.received)])
         if signum:
-            self._leave(trainer, int(signum))
+            self._leave(int(signum))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Note the loss, and whether it is the best so far."""
@@ -489,7 +496,7 @@ def requeue_job() -> None:
     try:
         subprocess.run(["scontrol", "requeue", job], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"could not requeue job {job}: {error}", file=sys.stderr)
+        say(f"could not requeue job {job}: {error}", error=True)
 
 
 def settle_loops(fit_loop: dict[str, Any], validation_due: bool, validation_pending: bool) -> None:

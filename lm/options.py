@@ -1,14 +1,32 @@
-"""What is said about a wrong option: one line, with a guess at what was meant."""
+"""What is said on the screen; about a wrong option one line, with a guess at what was meant."""
 
+import contextlib
 import os
 import re
 import sys
 from argparse import Action
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from tokenizer.options import one_of, suggest, too_many
+
+
+def say(text: str, error: bool = False) -> None:
+    """Print a line, on stderr if asked to; that nobody is there to read it is no reason to end a run."""
+    file = sys.stderr if error else sys.stdout
+    if file is None:  # closed from the start
+        return
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        discard(file)
+
+
+def discard(file: IO[str]) -> None:
+    """Let a stream lead nowhere from now on: nor may the interpreter, at its end, flush into what has gone."""
+    with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), file.fileno())
 
 
 def is_first_rank() -> bool:
@@ -16,12 +34,16 @@ def is_first_rank() -> bool:
     return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
-def fail(problems: list[str]) -> NoReturn:
-    """Leave with exit code 2 and one line per problem, said by the first rank alone."""
-    if is_first_rank():
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+def refuse(problems: list[str]) -> NoReturn:
+    """Leave with exit code 2 and one line per problem."""
+    for problem in problems:
+        say(f"error: {problem}", error=True)
     raise SystemExit(2)
+
+
+def fail(problems: list[str]) -> NoReturn:
+    """The same on every rank, said by the first one alone."""
+    refuse(problems if is_first_rank() else [])
 
 
 def known_keys(parser: Any) -> list[str]:
@@ -89,7 +111,7 @@ class PlainHelp(DefaultHelpFormatter):
 
 
 class ToolParser(ArgumentParser):
-    """The parser of the commands that need no Trainer."""
+    """The parser of the commands that need no Trainer, and know nothing of ranks."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         settings.setdefault("formatter_class", PlainHelp)
@@ -97,4 +119,4 @@ class ToolParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the line and leave with exit code 2."""
-        fail([explain(message, known_keys(self))])
+        refuse([explain(message, known_keys(self))])

@@ -27,6 +27,7 @@ from typing import Any
 from lm import grammar
 from lm.download import decompress, download
 from tokenizer.bpe import Tokenizer
+from tokenizer.chunks import InvalidTextError
 from tokenizer.encode import encode_files
 from tokenizer.files import atomic_write, write_json
 from tokenizer.train import train_bpe
@@ -131,7 +132,7 @@ def prepare(
         raise ValueError(f"vocab_size={vocab_size} must be at least {256 + len(SPECIAL_TOKENS)}: bytes, special tokens")
     own = [_text_file(name, path) for name, path in (("train_text", train_text), ("valid_text", valid_text)) if path]
     directory = Path(data_dir) / (corpus or dataset_name(own[0]))
-    with _alone(directory):
+    with _alone(directory), _advice(own):
         stages = Stages(directory)
         if corpus is None:
             texts = _own_texts(stages, *own)
@@ -433,6 +434,17 @@ def _text_file(name: str, path: str | os.PathLike[str]) -> Path:
     if text.stat().st_size == 0:
         raise ValueError(f"{name}={text} is empty")
     return text
+
+
+@contextlib.contextmanager
+def _advice(own: list[Path]) -> Iterator[None]:
+    """Tell who brings a text of another encoding to convert that, and not the copy without its end."""
+    try:
+        yield
+    except InvalidTextError as error:
+        text = error.path if error.path in own else own[0]
+        command = f"iconv -f {error.encoding} -t UTF-8 {text} > utf8.txt"
+        raise ValueError(f"{error.found}: convert the text, e.g. `{command}`") from None
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import subprocess_script
 
 from lm.checkpoint import check_checkpoint
+from lm.control import SIGNALS, Stopped
+from lm.options import say
 
 Ranks = Sequence["subprocess.Popen[bytes]"]  # those that this process has started: 1, 2, ...
 
@@ -72,10 +73,10 @@ def watched_ranks(patience: float = 10.0) -> Iterator[None]:
         while not left.wait(0.5):
             culprit = find_culprit(ranks)
             if culprit is not None and not left.wait(patience):
-                print(f"error: {culprit}", file=sys.stderr, flush=True)
+                say(str(culprit), error=True)
                 for rank in ranks:
                     rank.kill()
-                os._exit(1)
+                os._exit(culprit.exit_code)
 
     def launch_watcher(child_processes: Ranks) -> None:
         threading.Thread(target=watch, args=[child_processes], daemon=True).start()
@@ -89,16 +90,24 @@ def watched_ranks(patience: float = 10.0) -> Iterator[None]:
         subprocess_script._launch_process_observer = lightnings
 
 
-def find_culprit(ranks: Ranks, patience: float = 0.0) -> str | None:
-    """Which rank has failed, or does within `patience` seconds; None if none of them."""
+def find_culprit(ranks: Ranks, patience: float = 0.0) -> Stopped | None:
+    """The end that a rank which has failed, or does within `patience` seconds, means for all; None if none has."""
     limit = time.monotonic() + patience
     while True:
         for number, rank in enumerate(ranks, start=1):
             if rank.poll():
-                return f"rank {number} ended with exit code {rank.returncode}; what it said stands above"
+                return failure(number, rank.returncode)
         if time.monotonic() >= limit:
             return None
         time.sleep(0.05)
+
+
+def failure(number: int, exit_code: int) -> Stopped:
+    """The end that one rank's means for all: that of the signal which ended it, else exit code 1."""
+    signum = -exit_code if exit_code < 0 else exit_code - 128  # before it had handlers, or after
+    if signum in SIGNALS:
+        return Stopped.by_signal(signum)
+    return Stopped("failed", 1, f"error: rank {number} ended with exit code {exit_code}; what it said stands above")
 
 
 def end_ranks(ranks: Ranks, patience: float = 10.0) -> None:

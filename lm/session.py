@@ -61,7 +61,10 @@ def run(
         Session(model, loaded, sampling, describe(model, info), compile).run()
         return
     if prompts is not None:
-        lines = prompts.read_text(encoding="utf-8")  # which makes every line end \n
+        try:
+            lines = prompts.read_text(encoding="utf-8")  # which makes every line end \n
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{prompts} is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from None
         if not lines:
             raise ValueError(f"{prompts} is empty: write one prompt a line")
         texts = lines.removesuffix("\n").split("\n")  # splitlines() would cut within a prompt too, at U+2028 and others

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -195,6 +196,29 @@ def test_a_terminal_gets_a_moving_line(fit: Fit, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.stderr", screen)
     assert fit() == 0
     assert "step 4: loss" in screen.getvalue()
+
+
+@pytest.mark.parametrize("stream", ["sys.stderr", "sys.stdout"])
+@pytest.mark.parametrize("hang_up", [True, False])
+def test_a_run_outlives_its_terminal_and_is_saved_when_that_hangs_up(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, stream: str, hang_up: bool
+) -> None:
+    window, terminal = os.openpty()
+    training_step = LanguageModel.training_step
+
+    def close_the_window(self: LanguageModel, *args: Any) -> torch.Tensor:
+        if self.trainer.global_step == 2:
+            os.close(window)
+            if hang_up:
+                signal.raise_signal(signal.SIGHUP)
+        return training_step(self, *args)
+
+    monkeypatch.setattr(LanguageModel, "training_step", close_the_window)
+    with open(terminal, "w") as file:
+        monkeypatch.setattr(stream, file)
+        assert fit() == (129 if hang_up else 0)
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == (("stopped", 3) if hang_up else ("finished", 8))
 
 
 # ------------------------------------------------------------------------------------------------------ the run's files

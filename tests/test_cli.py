@@ -1,7 +1,9 @@
 """The command line: what is listed, what is refused and how, what a bare command takes."""
 
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -64,6 +66,21 @@ def test_help_lists_every_command_and_needs_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0
     for name in ("fit", "validate", "generate", "serve", "prepare", "account", "bench", "sweep", "report", "export"):
         assert f"\n  {name} " in done.stdout
+
+
+def test_help_that_nobody_reads_is_no_error() -> None:
+    words = ["bash", "-o", "pipefail", "-c", f"{shlex.join(command('--help'))} | true"]
+    done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_what_cannot_be_written_is_one_line() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    words = ["bash", "-c", f"{shlex.join(command('--help'))} > /dev/full"]
+    done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*No space left on device\n", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -461,6 +478,13 @@ def test_a_reader_that_has_seen_enough_does_not_end_a_run(dataset: Path, tmp_pat
     done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{words} 2>&1 | head -1"], cwd=tmp_path, check=False)
     assert done.returncode == 0
     assert json.loads((tmp_path / RUN / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_terminal_that_lacks_a_character_does_not_end_a_run(fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert fit("--run.sample_prompt=né") == 0
+    assert b"sample:\n  n?" in shown.getvalue()
 
 
 def test_a_copy_beside_a_run_is_not_resumed(fit: Run) -> None:

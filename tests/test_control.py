@@ -8,7 +8,7 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -329,6 +329,85 @@ def test_a_validation_that_a_signal_cut_off_is_made_up_for(fit: Fit, monkeypatch
     assert best["metrics"]["val/loss"] == summary()["val_loss"]
 
 
+@pytest.fixture
+def nobody_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is printed goes into a pipe whose reader has gone, as `2>&1 | tee log` goes by the same Ctrl-C."""
+    kept = os.dup(1), os.dup(2)
+    reader, writer = os.pipe()
+    os.close(reader)
+    for name, number in (("sys.stdout", 1), ("sys.stderr", 2)):
+        os.dup2(writer, number)
+        monkeypatch.setattr(name, open(number, "w", closefd=False))  # noqa: SIM115
+    yield
+    for number, before in enumerate(kept, start=1):
+        os.dup2(before, number)
+    for number in (writer, *kept):
+        os.close(number)
+
+
+@pytest.mark.usefixtures("nobody_reads")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_though_nobody_reads_what_is_said(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    before(monkeypatch, LanguageModel, "training_step", lambda _: signal.raise_signal(signum))
+    assert fit() == 128 + signum
+    assert (RUN / "checkpoints/step-000001.ckpt").is_file()
+    assert summary()["status"] == "stopped"
+
+
+def test_an_interrupt_writes_into_no_file_that_took_the_place_of_a_closed_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals, kept = Signals(), os.dup(2)
+    signals.deferred = True
+    monkeypatch.setattr("sys.stderr", None)
+    try:
+        with open(tmp_path / "metrics", "wb") as file:
+            os.dup2(file.fileno(), 2)
+        signals._handle(signal.SIGINT, None)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    assert signals.received == signal.SIGINT
+    assert (tmp_path / "metrics").read_bytes() == b""
+
+
+def test_a_signal_that_comes_with_the_handlers_is_no_crash(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    install = Signals.install
+
+    def install_and_be_hit(self: Signals) -> None:
+        install(self)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Signals, "install", install_and_be_hit)
+    assert fit() == 143
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_rank_tells_the_first_one_of_its_end_unless_they_end_together(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    monkeypatch.setenv(cli.PARENT, str(os.getppid()))
+    monkeypatch.setattr(cli, "end_with", lambda parent: None)
+    owner, name = (cli, "default_configs") if early else (LanguageModel, "training_step")
+    before(monkeypatch, owner, name, lambda _: signal.raise_signal(signal.SIGTERM))
+    assert fit() == (143 if early else 0)
+
+
+def test_a_rank_out_of_memory_tells_the_first_one(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setenv(cli.PARENT, str(os.getppid()))
+    monkeypatch.setattr(cli, "end_with", lambda parent: None)
+    before(monkeypatch, LanguageModel, "training_step", fail)
+    assert fit() == 1
+    assert "out of memory with data.batch_size=4" in capsys.readouterr().err
+
+
 def test_a_signal_outside_training_ends_the_process_at_once() -> None:
     signals = Signals()
     signals.install()
@@ -352,17 +431,34 @@ def test_an_ignored_signal_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, handler)
 
 
-def test_slurm_is_asked_to_start_the_job_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """SLURM's job 7; the file says what its scontrol was asked for."""
+    scontrol, asked = tmp_path / "scontrol", tmp_path / "asked"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
     scontrol.chmod(scontrol.stat().st_mode | stat.S_IEXEC)
+    asked.write_text("")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    return asked
+
+
+def test_slurm_is_asked_to_start_the_job_again(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requeue_job()
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     requeue_job()
-    assert (tmp_path / "asked").read_text().splitlines() == ["requeue 7", "requeue 5_3"]
+    assert slurm.read_text().splitlines() == ["requeue 7", "requeue 5_3"]
+
+
+@pytest.mark.parametrize(("rank", "asked"), [("0", "requeue 7\n"), ("1", "")])
+def test_slurm_is_asked_by_the_first_rank_before_training_too(
+    fit: Fit, slurm: Path, monkeypatch: pytest.MonkeyPatch, rank: str, asked: str
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", rank)
+    before(monkeypatch, cli, "default_configs", lambda _: signal.raise_signal(signal.SIGUSR1))
+    assert fit() == 138
+    assert slurm.read_text() == asked
 
 
 # -------------------------------------------------------------------------------------------------------- divergence

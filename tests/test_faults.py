@@ -27,7 +27,7 @@ from toy import SETTINGS, make_dataset, rows
 from lm import callbacks, checkpoint, cli
 from lm.checkpoint import find_run, load_model, newest_checkpoint, read_checkpoint
 from lm.module import LanguageModel
-from lm.ranks import make_strategy
+from lm.ranks import failure, make_strategy
 
 TWO_RANKS = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2"]
 ENDLESS = ["--trainer.max_steps=1000000", "--run.validate_every_n_steps=50", "--trainer.log_every_n_steps=5"]
@@ -73,6 +73,10 @@ if __name__ == "__main__":
                 time.sleep(1)
             return write_checkpoint(contents, path)
 
+        if kind in ("one", "all"):  # is hit before training
+            from lm import cli
+            signalled = {"one": os.getpid(), "all": -os.getpgid(0)}[kind]
+            cli.CLI.before_instantiate_classes = lambda self: os.kill(signalled, int(step))
         LanguageModel.training_step, checkpoint.write_checkpoint = faulty_step, faulty_write
         if kind == "slow":
             LanguageModel.validation_step = slow_validation
@@ -236,6 +240,9 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_checkpoint_before(
 ) -> None:
     write = checkpoint.torch.save
 
+    def no_room(path: Path, mode: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
     def full(contents: dict[str, Any], file: Any) -> None:
         write(contents, file)
         if contents["global_step"] >= 8:
@@ -244,6 +251,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_checkpoint_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.torch, "save", full)
+        patch.setattr(callbacks, "atomic_write", no_room)
         assert fit() == 1
     [line] = errors(capsys.readouterr().err)
     assert re.search(
@@ -591,6 +599,23 @@ def test_two_ranks_stop_together_when_one_of_them_is_signalled(job: Callable[...
     code, output = run.end()
     assert code == 143, output
     check_whole(run.run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "code"), [("one 1 15", 143), ("all 1 2", 130)])
+def test_two_ranks_end_by_the_signal_that_hits_one_before_it_has_joined_the_other(
+    job: Callable[..., Job], fault: str, code: int
+) -> None:
+    began = time.monotonic()
+    ended, output = job(*TWO_RANKS, *ENDLESS, fault=fault).end()
+    assert ended == code, output
+    assert "Traceback" not in output and not errors(output)
+    assert time.monotonic() - began < 120, "not run.timeout_minutes"
+
+
+@pytest.mark.parametrize(("exit_code", "code"), [(-2, 130), (143, 143), (138, 138), (-9, 1), (1, 1), (3, 1)])
+def test_the_signal_that_ended_one_rank_is_the_end_of_all(exit_code: int, code: int) -> None:
+    assert failure(1, exit_code).exit_code == code
 
 
 @pytest.mark.slow

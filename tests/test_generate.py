@@ -395,6 +395,9 @@ def test_command_continues_a_file_of_prompts(
     (tmp_path / "prompts.txt").write_text("")
     with pytest.raises(ValueError, match="is empty: write one prompt a line"):
         command.run(prompts=tmp_path / "prompts.txt", ckpt=checkpoint)
+    (tmp_path / "prompts.txt").write_bytes("Käse".encode("latin-1"))
+    with pytest.raises(ValueError, match="txt is not UTF-8 at byte 1: convert it, e"):
+        command.run(prompts=tmp_path / "prompts.txt", ckpt=checkpoint)
 
 
 def session(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, *lines: str) -> None:
@@ -454,11 +457,12 @@ def test_a_session_without_stdin_ends_at_once(
     assert err.endswith("Ctrl-D ends\n\n")
 
 
+@pytest.mark.parametrize("rank", ["", "1"])
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
-def test_a_wrong_option_is_one_line_where_a_rank_is_empty(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+def test_a_wrong_option_is_one_line_whatever_rank_the_environment_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, rank: str
 ) -> None:
-    monkeypatch.setenv(name, "")
+    monkeypatch.setenv(name, rank)
     with pytest.raises(SystemExit, match="2"):
         main(["generate", "--temprature=1"])
     assert capsys.readouterr().err == "error: --temprature is no option: did you mean --temperature?\n"

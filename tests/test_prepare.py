@@ -213,7 +213,9 @@ def test_where_the_held_out_part_begins(tmp_path, text, valid):
         ({"train_text": "builtin.txt"}, ValueError, "rename the file"),
         ({"train_text": "cut.txt.gz"}, ValueError, "cut.txt.gz is no whole .gz file"),
         ({"train_text": "cut.txt.xz"}, ValueError, "cut.txt.xz is no whole .xz file"),
-        ({"train_text": "latin.txt"}, ValueError, "not UTF-8 at byte"),
+        ({"train_text": "latin.txt"}, ValueError, "at byte 1 .*: convert .* `iconv -f LATIN1 -t UTF-8 latin.txt > u"),
+        ({"train_text": "full.txt", "valid_text": "latin.txt"}, ValueError, "latin.txt is not .* -t UTF-8 latin.txt >"),
+        ({"train_text": "utf16.txt"}, ValueError, "is UTF-16, not UTF-8: .* `iconv -f UTF-16 -t UTF-8 utf16.txt >"),
         ({"train_text": "full.txt", "vocab_size": 256}, ValueError, "vocab_size=256 must be at least 257"),
     ],
 )
@@ -224,6 +226,7 @@ def test_bad_input_is_one_clear_line(data, tmp_path, monkeypatch, arguments, err
         "builtin.txt": TEXT.encode(),
         "empty.txt": b"",
         "latin.txt": "Käse\n\nKäse\n\n".encode("latin-1") * 9,
+        "utf16.txt": TEXT.encode("utf-16"),
         "cut.txt.gz": gzip.compress(TEXT.encode())[:-9],
         "cut.txt.xz": lzma.compress(TEXT.encode())[:-9],
     }.items():

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import shlex
 import subprocess
 import sys
 import threading
@@ -57,6 +58,12 @@ class TestHelp:
             "except SystemExit: assert not {'numba', 'torch', 'rich', 'numpy', 'regex'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+    def test_that_nobody_reads_is_no_error(self) -> None:
+        words = f"{shlex.quote(sys.executable)} -m tokenizer --help | true"
+        command = ["bash", "-o", "pipefail", "-c", words]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
 
     def test_bad_usage_is_exit_code_2(self) -> None:
         for arguments in ((), ("fly",), ("encode",), ("train", "x", "--vocab_size", "many", "--output", "y")):

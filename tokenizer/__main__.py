@@ -20,7 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: 0 done, 2 bad input (one line on stderr says which), 130 interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
     open_closed_streams()
-    options = build_parser(argv).parse_args(argv)
+    try:
+        options = build_parser(argv).parse_args(argv)
+    finally:
+        flush_stdout()  # of --help
     if sys.platform == "win32":
         print("error: tokenizer runs on Linux and macOS: on Windows, install and run it inside WSL2", file=sys.stderr)
         return 2
@@ -31,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = "; the same command goes on from here" if options.verb == "encode" else ""
         print(f"interrupted{again}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        flush_stdout()
         return 0
     except (ValueError, OSError) as error:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
@@ -53,6 +56,14 @@ def open_closed_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def flush_stdout() -> None:
+    """Write out what is left; into nothing, now and at the end, where the reader, `head` say, has seen enough."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser(argv: Sequence[str]) -> Parser:

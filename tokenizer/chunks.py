@@ -48,11 +48,16 @@ def list_paths(input_path: Paths) -> list[Path]:
 
 
 class InvalidTextError(ValueError):
-    """Text that is no UTF-8, at byte `offset` of the file `path`."""
+    """Text that is no UTF-8, at byte `offset` of the file `path`.
 
-    def __init__(self, path: Path, offset: int, message: str):
-        super().__init__(message)
-        self.path, self.offset = path, offset
+    Attributes:
+        found: the message without its advice, for programs that have other advice to give.
+        encoding: what the text may be in, in the words of iconv.
+    """
+
+    def __init__(self, path: Path, offset: int, found: str, encoding: str, advice: str):
+        super().__init__(f"{found}: {advice}")
+        self.path, self.offset, self.found, self.encoding = path, offset, found, encoding
 
 
 class CutFinder:
@@ -297,11 +302,11 @@ def is_utf16(data: bytes) -> bool:
 def invalid_utf8(path: Path, data: bytes, offset: int, invalid: int) -> InvalidTextError:
     """The error for data[invalid] that is no UTF-8, where `data` begins `offset` bytes into the file."""
     if offset == 0 and is_utf16(data):
-        message = f"{path} is UTF-16, not UTF-8: convert it, e.g. `iconv -f UTF-16 -t UTF-8 {path}`"
-    else:
-        found = f"{path} is not UTF-8 at byte {offset + invalid} ({data[invalid : invalid + 4].hex(' ')})"
-        message = f"{found}: mend the file, or pass errors='replace' to read U+FFFD there"
-    return InvalidTextError(path, offset + invalid, message)
+        advice = f"convert it, e.g. `iconv -f UTF-16 -t UTF-8 {path}`"
+        return InvalidTextError(path, invalid, f"{path} is UTF-16, not UTF-8", "UTF-16", advice)
+    found = f"{path} is not UTF-8 at byte {offset + invalid} ({data[invalid : invalid + 4].hex(' ')})"
+    advice = "mend the file, or pass errors='replace' to read U+FFFD there"
+    return InvalidTextError(path, offset + invalid, found, "LATIN1", advice)
 
 
 def read_text(path: Path, errors: Errors = "strict") -> str:
