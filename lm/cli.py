@@ -562,6 +562,8 @@ def default_configs(argv: list[str]) -> dict[str, list[str]]:
     own = newest_config(Path(checkpoint).resolve().parent.parent) if checkpoint else default_config()
     configured = own.is_file() or option(argv, "--config") or option(argv, "-c")
     if subcommand == "validate" and checkpoint and Path(checkpoint).is_file() and not configured:
+        if problems := checkpoint_problems(Path(checkpoint)):
+            fail(problems)
         raise FileNotFoundError(f"no config.yaml beside {checkpoint}: say with --config what to validate it with")
     return {subcommand: [str(own)]} if own.is_file() and subcommand in CLI.subcommands() else {}
 

@@ -70,7 +70,8 @@ def explain(message: str, keys: list[str]) -> str:
     if unknown:
         name = unknown[1].removeprefix("--")
         ending = [key for key in keys if key.endswith(f".{name}")]
-        return f"--{name} is no option: {suggest(name, ending or keys, '--')}"
+        hint = f"did you mean --{ending[0]}?" if ending else suggest(name, keys, "--")
+        return f"--{name} is no option: {hint}"
     stray = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
     if stray:
         return too_many(stray[1])

@@ -646,13 +646,3 @@ def test_when_training_has_ended_a_signal_ends_the_process_at_once() -> None:
     run.on_train_end(MagicMock(Trainer, global_step=0), MagicMock(LanguageModel))
     with pytest.raises(Stopped):
         run.signals._handle(signal.SIGINT, None)
-
-
-def test_one_rank_alone_asks_slurm_to_start_the_job_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(control, "requeue_job", lambda: asked.append(True))
-    for first in (True, False):
-        with pytest.raises(Stopped):
-            RunControl(RunConfig())._leave(MagicMock(Trainer, is_global_zero=first), signal.SIGUSR1)
-    assert asked == [True]
