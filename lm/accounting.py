@@ -496,7 +496,7 @@ def device_type_of(device_name: str) -> DeviceType:
     >>> device_type_of("AMD EPYC 9B14"), device_type_of("cpu"), device_type_of("RTX 2080 Ti")
     ('cpu', 'cpu', 'cuda')
     """
-    processors = {"cpu", "processor", "xeon", "epyc", "ryzen", "core", "apple"}
+    processors = {"cpu", "processor", "intel", "xeon", "epyc", "ryzen", "apple"}
     return "cpu" if _words(device_name) & processors else "cuda"
 
 
