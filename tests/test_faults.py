@@ -272,7 +272,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_row_leaves_whole_rows(
             return super().write(data[:10] if b'"step": 7' in data else data)
 
     def faulty_open(path: Any, *args: Any, **kwargs: Any) -> Any:
-        return Full(path, "ab") if Path(path).name == "metrics.jsonl" else open(path, *args, **kwargs)
+        return Full(path, "a+b") if Path(path).name == "metrics.jsonl" else open(path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(callbacks, "open", faulty_open, raising=False)
