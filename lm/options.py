@@ -100,11 +100,12 @@ def plain_type(name: str) -> str:
     """
     name = re.sub(r"<class '([\w.]+)'>", r"\1", name)
     name = re.sub(r"Literal\[(.*?)\]", lambda literal: re.sub(r",\s*", " | ", literal[1].replace("'", "")), name)
+    name = re.sub(r"Union\[([^\[\]]*)\]", lambda union: union[1].replace(", ", " | "), name)
     return re.sub(r"Optional\[(.*)\]", r"\1 | null", name)
 
 
 class PlainHelp(DefaultHelpFormatter):
-    """The help of the commands that need no Trainer."""
+    """The help of every command, with types in plain words."""
 
     def _get_type_str(self, action: Action) -> str | None:
         name = super()._get_type_str(action)

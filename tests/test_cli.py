@@ -19,8 +19,10 @@ from toy import SETTINGS, command, make_dataset
 
 from lm import __main__
 from lm.checkpoint import best_checkpoint
-from lm.cli import default_run_name, device_problems, process_problems
+from lm.cli import default_run_name
 from lm.options import explain, is_first_rank
+from lm.parser import TRAINER_OPTIONS
+from lm.problems import device_problems, process_problems
 from lm.ranks import num_devices
 from tokenizer.__main__ import main as tokenizer_main
 
@@ -81,6 +83,19 @@ def test_what_cannot_be_written_is_one_line() -> None:
     done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*No space left on device\n", done.stderr)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_the_help_of_training_is_the_projects_own(lm: Run, command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert lm(command, "--help") == 0
+    shown = capfd.readouterr().out
+    assert shown.startswith(f"usage: python -m lm {command} [--config FILE] [--OPTION VALUE]\n\n")
+    sections = [shown.index(f"\n  --{option}") for option in ("run.name", "data.corpus", "model.compile", "trainer.")]
+    assert sections == sorted(sections)
+    assert [name for name in TRAINER_OPTIONS if f"--trainer.{name}" not in shown] == []
+    # Neither what a run has no use for, nor what follows from another option, nor Python's words.
+    words = ("barebones", "sync_batchnorm", "-->", "class_path", "Union[", "``", "--weights_only", "--model CONFIG")
+    assert [word for word in words if word in shown] == []
 
 
 @pytest.mark.parametrize(
@@ -185,6 +200,11 @@ def test_what_is_wrong_with_a_tools_words_is_said_in_words(
     (tmp_path / "folder").mkdir()
     assert lm(*arguments) == 2
     assert capfd.readouterr().err == f"error: {message}\n"
+
+
+def test_a_profile_is_in_the_runs_folder(fit: Run, tmp_path: Path) -> None:
+    assert fit("--trainer.profiler=simple", "--run.name=r") == 0
+    assert "optimizer_step" in (tmp_path / "logs/r/version_0/fit-profile.txt").read_text()
 
 
 def test_prompts_that_cannot_be_read_are_named(fit: Run, lm: Run, capfd: pytest.CaptureFixture[str]) -> None:

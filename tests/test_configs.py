@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from lm.accounting import FIT_KEYS, config_from_yaml, read_settings
-from lm.cli import CLI, default_configs, find_problems
+from lm.cli import CLI, default_configs
 from lm.control import Signals
 from lm.model import TransformerConfig
+from lm.problems import find_problems
 
 ROOT = Path(__file__).parents[1]
 LEADERBOARD = ROOT / "configs" / "leaderboard.yaml"

@@ -25,7 +25,7 @@ tokenizer.train tokenizer.bpe tokenizer.encode tokenizer tokenizer.stats tokeniz
 tokenizer.rivals tokenizer.bench tokenizer.options tokenizer.__main__
 lm lm.device lm.gradients lm.functional lm.layers lm.model lm.optim lm.accounting lm.grammar lm.download lm.prepare
 lm.data lm.checkpoint lm.generate lm.session lm.serve lm.export lm.module lm.options lm.control lm.callbacks lm.report
-lm.bundle lm.ranks lm.cli lm.apart lm.rivals lm.entrants lm.measure lm.bench lm.sweep lm.__main__
+lm.bundle lm.ranks lm.parser lm.problems lm.cli lm.apart lm.rivals lm.entrants lm.measure lm.bench lm.sweep lm.__main__
 """.split()
 
 # What should be readable alone is held to less than the order allows.
@@ -43,7 +43,7 @@ ONLY = {
     "lm.checkpoint": ["lm.model", "tokenizer.files"],
     "lm.module": ["lm.functional", "lm.model", "lm.optim"],
 }
-USE_LIGHTNING = {"lm.data", "lm.module", "lm.control", "lm.callbacks", "lm.ranks", "lm.cli"}
+USE_LIGHTNING = {"lm.data", "lm.module", "lm.control", "lm.callbacks", "lm.ranks", "lm.parser", "lm.cli"}
 RUN_RIVALS = {"lm.rivals", "lm.entrants", "tokenizer.rivals"}  # their job is to run other implementations beside ours
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from lm.cli import CLI, default_configs, find_problems
+from lm.cli import CLI, default_configs
 from lm.control import Signals
+from lm.problems import find_problems
 from lm.sweep import PlannedRun, plan
 
 SWEEPS = Path(__file__).parents[1] / "configs" / "sweeps"
@@ -80,7 +81,7 @@ def test_a_study_opens_with_its_question_and_its_commands(name: str) -> None:
 def test_every_variant_parses_and_follows_its_steps(
     name: str, scale: str, cli: CLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lm.cli.device_problems", lambda trainer: [])  # a GPU's precision where there is no GPU
+    monkeypatch.setattr("lm.problems.device_problems", lambda trainer: [])  # a GPU's precision where there is no GPU
     runs = plan(SWEEPS / name, scale)
     assert len({run.name for run in runs}) == len(runs)
     parsed = []
@@ -104,7 +105,7 @@ def test_every_run_for_the_leaderboard_has_the_same_time(
     name: str, scale: str, cli: CLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the clock on a GPU, by the number of its steps and their cost on a CPU."""
-    monkeypatch.setattr("lm.cli.device_problems", lambda trainer: [])
+    monkeypatch.setattr("lm.problems.device_problems", lambda trainer: [])
     parsed = [parse(cli, run) for run in variants(plan(SWEEPS / name, scale))]
     for config in parsed:
         minutes = 5 if "half_time" in config.run.name else 10
@@ -119,7 +120,7 @@ def test_every_run_for_the_leaderboard_has_the_same_time(
 def test_batch_sizes_see_the_same_tokens(
     scale: str, num_tokens: int, cli: CLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lm.cli.device_problems", lambda trainer: [])
+    monkeypatch.setattr("lm.problems.device_problems", lambda trainer: [])
     configs = [parse(cli, run) for run in plan(SWEEPS / "batch_size.yaml", scale)[::9]]
     tokens = {c.data.batch_size * c.trainer.max_steps * c.data.context_length for c in configs}
     assert max(tokens) == num_tokens
@@ -128,7 +129,7 @@ def test_batch_sizes_see_the_same_tokens(
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_feed_forward_layers_have_as_many_parameters(scale: str, cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lm.cli.device_problems", lambda trainer: [])
+    monkeypatch.setattr("lm.problems.device_problems", lambda trainer: [])
     swiglu, silu = (parse(cli, run).model.transformer for run in variants(plan(SWEEPS / "swiglu_ablation.yaml", scale)))
     assert (swiglu.ffn, silu.ffn) == ("swiglu", "silu")
     assert 2 * silu.d_ff == pytest.approx(3 * swiglu.d_ff, rel=0.02)
