@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import yaml
 
-from lm.checkpoint import load_model
+from lm.checkpoint import load_model, newest_config
 from lm.data import open_split, read_meta
 from lm.generate import Sampling, ids_without_token, sample_tokens
 from lm.prepare import SOURCES
@@ -68,7 +68,7 @@ def write_bundle(directory: Path, data_directory: Path, device: str) -> Path:
     meta = read_meta(data_directory)
     environment = describe_environment(device)
     result = describe_result(run, meta, environment)
-    shutil.copyfile(directory / "config.yaml", folder / "config.yaml")
+    shutil.copyfile(newest_config(directory), folder / "config.yaml")
     for name, contents in (("environment", environment), ("result", result)):
         with atomic_write(folder / f"{name}.json", "w") as file:
             json.dump(contents, file, indent=1)
@@ -160,7 +160,7 @@ def decode_samples(
 
 
 def recipe(config: dict[str, Any]) -> list[str]:
-    """What a run's config.yaml does beyond a plain Transformer with AdamW, a sentence each."""
+    """What a run's configuration does beyond a plain Transformer with AdamW, a sentence each."""
     sentences = []
     for key, sentence in RECIPE.items():
         name, _, wanted = key.partition("=")
@@ -180,12 +180,15 @@ def page(
     has_pictures: bool,
 ) -> str:
     """README.md."""
-    sentences = recipe(yaml.safe_load((run.directory / "config.yaml").read_text()))
+    sentences = recipe(yaml.safe_load(newest_config(run.directory).read_text()))
     rules = "Measured under the leaderboard's limits"
     if result["deviations"]:
         rules += f", but as a rehearsal: {'; '.join(result['deviations'])}"
     cap = "no cap" if result["cap_seconds"] is None else f"a cap of {result['cap_seconds'] / 60:g} minutes"
     sizes = [run.settings[f"model.transformer.{name}"] for name in ("num_layers", "d_model", "num_heads", "d_ff")]
+    kept = "All settings are in config.yaml."
+    if newest_config(run.directory).name != "config.yaml":
+        kept = "The run went on with other settings than it had begun with; config.yaml has the last ones."
     lines = [
         f"# {run.name}: {number(result['val_loss'])} nats per token",
         f"{rules}.",
@@ -207,7 +210,7 @@ def page(
         "A Transformer of {} layers, d_model {}, {} heads, d_ff {}, ".format(*sizes)
         + f"context {run.settings['data.context_length']}; "
         f"learning rate {run.settings['model.optimizer.lr']}, batches of {run.settings['data.batch_size']} windows per "
-        "device. All settings are in config.yaml. Beyond the plain recipe:",
+        f"device. {kept} Beyond the plain recipe:",
         "\n".join(f"- {sentence}" for sentence in sentences) or "- nothing",
         "## Samples",
         "How a window of the validation text begins, how the model goes on (temperature 0.8, top-p 0.95), and how the "

@@ -394,9 +394,14 @@ def newest_checkpoint(run: PathLike, *, set_aside: bool = False, unrecorded: boo
 def best_checkpoint(run: PathLike) -> Path:
     """The good checkpoint with the least recorded val/loss; the newest one where none was measured.
 
+    Args:
+        run: a run's folder, or one that holds runs, of which the one with the latest checkpoint counts.
+
     Raises:
         FileNotFoundError: none that is good.
     """
+    if not _recorded(_folder(run)) and any(_runs_below(Path(run))):
+        run = find_run(run)
     for path in _best_first(_folder(run)):
         if find_damage(path) is None:
             return path
@@ -440,10 +445,20 @@ def find_run(logs: PathLike = "logs") -> Path:
     Raises:
         FileNotFoundError: no run has one.
     """
-    records = [record for folder in _folders_below(Path(logs)) for record in (folder / FOLDER).glob("*.json")]
+    records = list(_runs_below(Path(logs)))
     if not records:
         raise FileNotFoundError(f"no run with a checkpoint below {logs}: `python -m lm fit` makes one")
     return max(records, key=lambda path: path.stat().st_mtime_ns).parent.parent
+
+
+def newest_config(run: Path) -> Path:
+    """The configuration of a run as it was last gone on with; its first one, if it is there, otherwise."""
+    return max(run.glob("config-resumed-*.yaml"), default=run / "config.yaml")  # they are named by the time
+
+
+def _runs_below(top: Path) -> Iterator[Path]:
+    """The records of all checkpoints of the runs below `top`."""
+    return (record for folder in _folders_below(top) for record in (folder / FOLDER).glob("*.json"))
 
 
 def _folders_below(top: Path) -> Iterator[Path]:

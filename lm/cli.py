@@ -37,6 +37,7 @@ from lm.checkpoint import (
     find_run,
     lock_run,
     newest_checkpoint,
+    newest_config,
 )
 from lm.control import RunConfig, RunControl, Signals, Stopped, requeue_job
 from lm.data import TokenDataModule
@@ -47,7 +48,7 @@ from lm.parser import DESCRIPTIONS, Parser, check_sections
 from lm.prepare import dataset_name
 from lm.problems import checkpoint_problems, find_problems
 from lm.ranks import end_ranks, end_with, find_culprit, make_strategy, watched_ranks
-from lm.report import by_version, newest_config
+from lm.report import by_version
 from tokenizer.files import atomic_write
 from tokenizer.options import in_one_line
 
@@ -384,7 +385,8 @@ def main(argv: list[str], started: float) -> int:
     """Run `fit` or `validate`; the process's exit code.
 
     0 for a run that came to its end, 2 for settings or data that cannot work, 3 for a run that diverged, 128 + n when
-    signal n ended it; 1 for what should not happen, with its traceback.
+    signal n ended it; 1 for what should not happen: one line about memory, the disk or another rank, otherwise the
+    traceback.
 
     Args:
         argv: the command line after `python -m lm`.

@@ -88,7 +88,7 @@ class Stopped(BaseException):  # not an Exception: no library on the way may tak
 
     Attributes:
         status: what the run's summary says.
-        exit_code: of the process: 128 + the signal, or 3 for a run that diverged.
+        exit_code: of the process: 128 + the signal, 3 for a run that diverged, 1 for one that failed.
     """
 
     def __init__(self, status: str, exit_code: int, message: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from torch import Tensor
 
+from lm.checkpoint import newest_config
 from lm.generate import END_OF_TEXT, end_of_text_id, load
 from lm.model import SAME_WEIGHTS, TransformerConfig, TransformerLM
 from tokenizer import Tokenizer
@@ -389,8 +390,8 @@ def run(
 
 
 def training_settings(run: Path) -> dict[str, Any]:
-    """What a model card tells of a run's config.yaml: optimizer, schedule, batch, length, the data's name."""
-    path = run / "config.yaml"
+    """What a model card tells of a run's configuration: optimizer, schedule, batch, length, the data's name."""
+    path = newest_config(run)
     config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     wanted = {
         "model": ("optimizer", "schedule"),

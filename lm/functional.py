@@ -139,8 +139,7 @@ def linear_cross_entropy(
 ) -> Float[Tensor, ""]:
     """`cross_entropy` of the logits hidden W^T, in training without a place for all of them in float32.
 
-    Run eagerly, at most 2^25 of them exist at a time; compiled, all do, but in the dtype of `hidden`. Without gradients
-    all exist in float32.
+    Run eagerly, at most 2^25 of them exist at a time; compiled, and without gradients, all do, in `hidden`'s dtype.
 
     Args:
         hidden: the last residual stream.

@@ -216,7 +216,7 @@ class LanguageModel(LightningModule):
     The data's vocabulary and context length are said once, in the data section, and override those of `transformer`.
 
     Attributes:
-        model: the network, None until Lightning calls `configure_model`.
+        model: the network, there once Lightning has called `configure_model`.
         step_loss: mean loss of the micro-batches of the running update, nats per token, on this rank.
         grad_norm: norm of all gradients before clipping at the last update.
         nonfinite: True on the device once a loss or gradient norm was NaN or infinite.

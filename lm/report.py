@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from lm.checkpoint import newest_config
 from tokenizer.files import atomic_write
 
 # Settings that say where a run lives or which random numbers it drew, not what it is.
@@ -101,11 +102,6 @@ def by_version(folders: Iterable[Path]) -> list[Path]:
     """
     versions = [folder for folder in folders if re.fullmatch(r"version_[0-9]+", folder.name)]
     return sorted(versions, key=lambda folder: int(folder.name.removeprefix("version_")))
-
-
-def newest_config(run: Path) -> Path:
-    """The configuration of a run as it was last gone on with; its first one, if it is there, otherwise."""
-    return max(run.glob("config-resumed-*.yaml"), default=run / "config.yaml")  # they are named by the time
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -443,7 +439,8 @@ def report(study: str, logs: str = "logs") -> None:
         lines.append("(curves: `pip install -e '.[plots]'` and make this page anew)")
     lines.append(f"## Settings compared\n\n{group_table(groups)}")
     lines.append(f"## Runs\n\n{run_table(runs)}")
-    lines.append(f"Made from the run files by `python -m lm report {study}`.")
+    elsewhere = f" --logs {logs}" if logs != "logs" else ""
+    lines.append(f"Made from the run files by `python -m lm report {study}{elsewhere}`.")
     with atomic_write(folder / "REPORT.md", "w") as file:
         file.write("\n\n".join(lines) + "\n")
     print(f"{folder / 'REPORT.md'}: {len(runs)} runs, best {groups[0].label}: {number(groups[0].mean_loss)}")

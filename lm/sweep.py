@@ -38,7 +38,7 @@ from typing import IO, Any
 
 from lm import default_config
 from lm.accounting import read_settings
-from lm.checkpoint import InUseError, lock_run
+from lm.checkpoint import InUseError, lock_run, newest_config
 from lm.report import by_version, flatten
 from tokenizer.files import atomic_write
 
@@ -102,7 +102,7 @@ class PlannedRun:
             return False
         if (folder / "record.json").is_file():
             return json.loads((folder / "record.json").read_text()).get("experiment") != self.experiment
-        configs = [path / "config.yaml" for path in versions if (path / "config.yaml").is_file()]
+        configs = [newest_config(path) for path in versions if newest_config(path).is_file()]
         had = flatten(read_settings(configs[-1])) if configs else {}
         said = flatten(self.merged)
         return any(not same(said[name], had[name]) for name in said.keys() & had.keys() - set(RESOLVED))

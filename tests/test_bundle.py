@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,22 @@ def test_the_figures_are_those_of_the_run(handed_in: Path) -> None:
     config = yaml.safe_load((handed_in / "config.yaml").read_text())
     assert config["model"]["optimizer"]["matrices"] == "muon"
     assert json.loads((handed_in / "environment.json").read_text())["torch"]
+
+
+def test_a_run_gone_on_with_hands_in_its_last_settings(
+    handed_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (handed_in / "README.md").read_text()
+    assert "All settings are in config.yaml. Beyond" in page and "falls in a straight line" not in page
+    shutil.copytree(handed_in.parents[3], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load((RUN / "config.yaml").read_text())
+    config["model"]["schedule"]["shape"] = "trapezoid"
+    (RUN / "config-resumed-20300101-000000.yaml").write_text(yaml.safe_dump(config))
+    folder = bundle.write_bundle(RUN, Path(config["data"]["directory"]), "cpu")
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == config
+    page = (folder / "README.md").read_text()
+    assert "went on with other settings" in page and "falls in a straight line" in page
 
 
 def test_the_page_says_what_it_is_and_what_it_is_not(handed_in: Path) -> None:

@@ -372,6 +372,9 @@ def test_without_validation_the_newest_is_the_best_and_a_diverged_loss_is_not(tm
     save_step(tmp_path, 1)
     second = save_step(tmp_path, 2)
     assert best_checkpoint(tmp_path) == second
+    (tmp_path / "logs/name/version_0").mkdir(parents=True)
+    (tmp_path / "logs/name/version_0/checkpoints").symlink_to(tmp_path)
+    assert best_checkpoint(tmp_path / "logs/name").samefile(second), "of a folder of runs that of the newest"
     note_metrics(second, {"val/loss": float("nan")})
     note_metrics(tmp_path / "step-000001.ckpt", {"val/loss": 9.0})
     assert best_checkpoint(tmp_path).name == "step-000001.ckpt"

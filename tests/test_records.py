@@ -51,10 +51,12 @@ def test_a_report_is_what_its_run_files_give(study: Path, tmp_path: Path, monkey
     pytest.importorskip("matplotlib")
     for plot in ("plot_curves", "plot_final_loss", "plot_ranking"):
         monkeypatch.setattr(f"lm.report.{plot}", lambda *_: [])
-    shutil.copytree(study, tmp_path / study.name)
-    (tmp_path / study.name / "REPORT.md").unlink()
-    report(study.name, logs=str(tmp_path))
-    assert (tmp_path / study.name / "REPORT.md").read_bytes() == (study / "REPORT.md").read_bytes()
+    copy = tmp_path / "logs" / study.name
+    shutil.copytree(study, copy)
+    (copy / "REPORT.md").unlink()
+    monkeypatch.chdir(tmp_path)
+    report(study.name)
+    assert (copy / "REPORT.md").read_bytes() == (study / "REPORT.md").read_bytes()
 
 
 @pytest.mark.slow

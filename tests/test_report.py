@@ -146,6 +146,7 @@ def test_a_path_to_the_study_is_as_good_as_its_name(study: Path, monkeypatch: py
     logs = study.parent.name
     report("learning_rate", logs=logs)
     page = (study / "REPORT.md").read_text()
+    assert f"by `python -m lm report learning_rate --logs {logs}`" in page
     (study / "REPORT.md").unlink()
     report(f"{logs}/learning_rate/", logs=logs)
     assert (study / "REPORT.md").read_text() == page
