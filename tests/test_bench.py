@@ -137,6 +137,19 @@ def test_a_rival_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, t
         entrants.warmed_up(names, *arguments)
 
 
+def test_a_rival_takes_windows_and_what_follows(tmp_path: Path) -> None:
+    entrants.write_dataset(tmp_path, 60)
+    setting = Setting("a", TINY, 4)
+    rival = entrants.BareLoop("builtin", setting, tmp_path, torch.device("cpu"))
+    torch.manual_seed(1)
+    inputs, targets = rival.data()
+    torch.manual_seed(1)
+    starts = torch.randint(len(rival.tokens) - 16, (4,)).tolist()
+    for start, row, following in zip(starts, inputs, targets, strict=True):
+        assert row.tolist() == rival.tokens[start : start + 16].tolist()
+        assert following.tolist() == rival.tokens[start + 1 : start + 17].tolist()
+
+
 @pytest.mark.slow
 def test_the_whole_suite_for_a_gpu_in_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
