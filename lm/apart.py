@@ -1,40 +1,54 @@
 """One call in a process of its own, with a limit to its time: whatever ends it costs nothing but its result."""
 
+import functools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 
 class LostError(Exception):
     """There is no result; the message says why in one line."""
 
 
-def call_apart(function: Callable[..., Any], *args: Any, seconds: float | int | None = None) -> Any:
+def call_apart(
+    function: Callable[..., Any],
+    *args: Any,
+    seconds: float | int | None = None,
+    keep: Callable[[Any], object] | None = None,
+) -> Any:
     """What `function(*args)` returns, called in a new process.
 
     Args:
         function: one that a new process can import.
         args: its arguments.
         seconds: after them the process is ended.
+        keep: called here with what the function sends before its end; it is given what sends as its last argument.
 
     Raises:
         LostError: the function raised, the process died, or its time was up.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_call, args=(sender, function, args))
+    process = context.Process(target=_call, args=(sender, function, args, keep is not None))
+    deadline = None if seconds is None else time.monotonic() + seconds
     process.start()
     sender.close()  # the other end is the child's alone: it closes when the child is gone
     try:
-        if not receiver.poll(seconds):
-            raise LostError(f"not done after {seconds:.0f} seconds")
-        result, error = receiver.recv()
+        while True:
+            if not receiver.poll(None if deadline is None else max(0, deadline - time.monotonic())):
+                raise LostError(f"not done after {seconds:.0f} seconds")
+            kind, message = receiver.recv()
+            if kind != "on its way":
+                break
+            assert keep is not None
+            keep(message)
         process.join(10)  # it may have a GPU to leave
     except EOFError:
         process.join()
@@ -43,19 +57,25 @@ def call_apart(function: Callable[..., Any], *args: Any, seconds: float | int | 
         process.kill()
         process.join()
         receiver.close()
-    if error is not None:
-        raise LostError(error)
-    return result
+    if kind == "error":
+        raise LostError(message)
+    return message
 
 
-def _call(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """In the child: send the result and None, or None and the error."""
+def _call(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...], keeps: bool) -> None:
+    """In the child: send what comes on the way, then the result or the error."""
+
+    def send(kind: Literal["on its way", "result", "error"], message: Any) -> None:
+        sender.send((kind, message))
+
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if keeps:
+        args = (*args, functools.partial(send, "on its way"))
     try:
-        sender.send((function(*args), None))
+        send("result", function(*args))
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
-        sender.send((None, f"{type(error).__name__}: {' '.join(str(error).split())}"))
+        send("error", f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _end_with_parent() -> None:

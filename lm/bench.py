@@ -25,12 +25,12 @@ from lm import accounting
 from lm.apart import LostError, call_apart
 from lm.device import pick_device
 from lm.entrants import Entrant, Setting
-from lm.measure import compare_curves, compare_generation, compare_memory, compare_training, machine
+from lm.measure import Keep, compare_curves, compare_generation, compare_memory, compare_training, machine
 from lm.model import TransformerConfig
 from tokenizer.files import atomic_write
 
 Kind = Literal["training", "curves", "memory", "generation"]
-MEASURE: dict[Kind, Callable[[Setting, torch.device, list[Entrant]], dict[str, Any]]] = {
+MEASURE: dict[Kind, Callable[[Setting, torch.device, list[Entrant], Keep], dict[str, Any]]] = {
     "training": compare_training,
     "curves": compare_curves,
     "memory": compare_memory,
@@ -107,8 +107,12 @@ def markdown(result: dict[str, Any]) -> str:
     }
     for kind, page in pages.items():
         for part in result[kind]:
-            lines += [*page(part), ""]
+            heading, *text = page(part)
+            if "incomplete" in part:
+                text = ["", f"**Incomplete: {part['incomplete']}.**", *text]
+            lines += [heading, *text, ""]
     lines += [f"Not measured: {lost['name']}: {lost['error']}\n" for lost in result["failures"]]
+    lines += [f"Not run yet: {name}\n" for name in result.get("not_run", [])]
     return "\n".join(lines)
 
 
@@ -137,7 +141,7 @@ def training_page(part: dict[str, Any]) -> list[str]:
         f"### Training: {part['name']}",
         "",
         f"{part['num_parameters']:,} parameters, {setting_text(part['setting'])}; "
-        f"median of {part['setting']['rounds']} rounds in turns (range). "
+        f"median of {part.get('num_rounds', part['setting']['rounds'])} rounds in turns (range). "
         f"Roofline: a large matrix product reaches {part['matmul_flops'] / 1e12:.2f} TFLOP/s here, "
         f"{part['roofline_tokens_per_second']:,.0f} tokens/s; a copy in memory moves "
         f"{part['memory_bytes_per_second'] / 1e9:,.0f} GB/s, and with what a step must move at least that is "
@@ -150,22 +154,21 @@ def training_page(part: dict[str, Any]) -> list[str]:
     for name, entrant in entrants.items():
         mfu = f"{entrant['mfu']:.1%}" if entrant["mfu"] else "-"
         memory = mebibytes(entrant["peak_memory_bytes"]) if "peak_memory_bytes" in entrant else "-"
+        ratio = entrant.get("speed_relative_to_builtin")
         lines.append(
             f"| {name} | {spread(entrant['tokens_per_second'], ',.0f')} "
-            f"| {spread(entrant['speed_relative_to_builtin'], '.2f')} "
+            f"| {spread(ratio, '.2f') if ratio else '-'} "
             f"| {entrant['milliseconds_per_step']:,.1f} | {mfu} | {entrant['share_of_matmul']:.0%} | {memory} |"
         )
-    overhead = part["lightning_overhead"]
     eagerly = " (of an eager step; a compiled one needs less)" if part["setting"]["compile"] else ""
-    lines += [
-        "",
-        f"Lightning's loop, logging included, costs {overhead['median']:+.1%} over our bare loop "
-        f"({overhead['low']:+.1%} to {overhead['high']:+.1%}). "
-        f"Predicted peak memory: {mebibytes(part['predicted_memory_bytes'])}{eagerly}.",
-        "",
-        "| milliseconds of one step | " + " | ".join(entrants["ours"]["parts_seconds"]) + " |",
-        "|---|---|---|---|---|",
-    ]
+    lines += ["", f"Predicted peak memory: {mebibytes(part['predicted_memory_bytes'])}{eagerly}."]
+    if overhead := part.get("lightning_overhead"):
+        lines[-1] = (
+            f"Lightning's loop, logging included, costs {overhead['median']:+.1%} over our bare loop "
+            f"({overhead['low']:+.1%} to {overhead['high']:+.1%}). {lines[-1]}"
+        )
+    if names := entrants["ours"].get("parts_seconds"):
+        lines += ["", f"| milliseconds of one step | {' | '.join(names)} |", "|---|---|---|---|---|"]
     for name, entrant in entrants.items():
         if "parts_seconds" in entrant:
             parts = " | ".join(f"{1e3 * seconds:,.1f}" for seconds in entrant["parts_seconds"].values())
@@ -216,6 +219,81 @@ def generation_page(part: dict[str, Any]) -> list[str]:
     return lines
 
 
+# --------------------------------------------------------------------------------------------------- what there is
+
+
+def result_of(result: dict[str, Any], part: Part) -> dict[str, Any] | None:
+    """The part's figures, complete or not."""
+    return next((one for one in result[part.kind] if one["name"] == part.setting.name), None)
+
+
+def is_done(result: dict[str, Any], part: Part) -> bool:
+    """Whether all figures of the part are there."""
+    found = result_of(result, part)
+    return found is not None and "incomplete" not in found
+
+
+def is_tried(result: dict[str, Any], part: Part) -> bool:
+    """Whether the part has been begun before."""
+    return result_of(result, part) is not None or any(lost["name"] == part.name for lost in result["failures"])
+
+
+def put(result: dict[str, Any], part: Part, found: dict[str, Any], order: list[Part]) -> None:
+    """Set the part's figures, each kind in the order of the suite; of incomplete ones those that go furthest stay."""
+    result["failures"] = [lost for lost in result["failures"] if lost["name"] != part.name]
+    result["not_run"] = [name for name in result["not_run"] if name != part.name]
+    earlier = result_of(result, part)
+    if earlier and "incomplete" in found and earlier["num_kept"] > found["num_kept"]:
+        return
+    if found.get("num_kept") == 0:
+        result["failures"].append({"name": part.name, "error": found["incomplete"]})
+        return
+    there = [one for one in result[part.kind] if one is not earlier]
+    names = [one.setting.name for one in order if one.kind == part.kind]
+    result[part.kind] = sorted([*there, found], key=lambda one: names.index(one["name"]))
+
+
+def read_earlier(path: Path, new: dict[str, Any], parts: list[Part]) -> dict[str, Any]:
+    """The result in the file, to go on with.
+
+    Args:
+        path: the file.
+        new: the result of this command before anything is measured.
+        parts: of the whole suite, in the settings of this command.
+
+    Raises:
+        ValueError: it is no such file, or its figures would not be comparable with those of this command.
+    """
+    instead = "name another file, or replace it with --anew"
+    try:
+        result = json.loads(path.read_bytes())
+        there = result["machine"] | {name: result.get(name) for name in ("suite", "smoke", "rivals")}
+        settings = {(kind, one["name"]): one.get("setting") for kind in MEASURE for one in result[kind]}
+        result.setdefault("not_run", [])
+        result["failures"] = list(result["failures"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"json_path={path} holds no figures of this command ({error!r}): {instead}") from None
+    here = new["machine"] | {name: new[name] for name in ("suite", "smoke", "rivals")}
+    for name, value in here.items():
+        if there.get(name) != value:
+            raise ValueError(f"json_path={path} has {name}={there.get(name)}, it would be {value} here: {instead}")
+    ours = {(part.kind, part.setting.name): json.loads(json.dumps(dataclasses.asdict(part.setting))) for part in parts}
+    for key, setting in settings.items():
+        if setting != ours.get(key):
+            raise ValueError(f"json_path={path} has {': '.join(key)!r} in another setting: {instead}")
+    return result
+
+
+def write(result: dict[str, Any], json_path: Path | None, markdown_path: Path | None) -> None:
+    """Both files."""
+    if json_path is not None:
+        with atomic_write(json_path, "w") as file:
+            json.dump(result, file, indent=1)
+    if markdown_path is not None:
+        with atomic_write(markdown_path, "w") as file:
+            file.write(markdown(result))
+
+
 # ------------------------------------------------------------------------------------------------------- the command
 
 
@@ -228,60 +306,82 @@ def run(
     markdown_path: Path | None = None,
     device: str = "auto",
     max_minutes: float | int = 60,
+    anew: bool = False,
     smoke: bool = False,
 ) -> None:
     """Measure training steps and generation beside what one would write without this project.
 
-    Each part is a process of its own: one that fails or takes too long is named in the result and costs no other. The
-    files are written after each part.
+    Each part is a process of its own: one that fails or takes too long keeps the figures that it has, is named in the
+    result and costs no other. The files are written after each part; the same command again goes on with the JSON file:
+    first what has not been run, then what is incomplete or failed.
 
     Args:
         suite: which parts; auto takes gpu where CUDA has one. `--suite gpu` alone measures all GPU figures.
         only: the parts whose name contains this.
         rivals: also transformers' Llama, where installed, beside the loop of torch built-ins.
         rounds: turns of each entrant; default, each setting's own.
-        json_path: write all figures here.
+        json_path: write all figures here, and go on with those that are there.
         markdown_path: write the tables here.
         device: cpu, cuda, mps, ...
-        max_minutes: for everything. A part gets half of what is left of them at most, the last one all.
+        max_minutes: for everything. A part gets half of what is left of them at most, or 10 minutes if that is more;
+            the last one gets all.
+        anew: replace the figures in json_path.
         smoke: try every part out with tiny models, on any device, for the sake of the program alone.
 
     Raises:
-        ValueError: no part of that name, or the gpu suite without a GPU.
+        ValueError: no part of that name, the gpu suite without a GPU, or json_path has figures of another machine.
     """
     began = time.monotonic()
     target = pick_device(device)
     suite = ("gpu" if target.type == "cuda" else "cpu") if suite == "auto" else suite
     if suite == "gpu" and target.type != "cuda" and not smoke:
         raise ValueError("suite=gpu needs a CUDA device, none is here: use --suite cpu, or --smoke to try it out")
-    parts = [part for part in SUITES[suite] if only is None or only in part.name]
+    order = [as_asked(part, rounds, target if smoke else None) for part in SUITES[suite]]
+    parts = [part for part in order if only is None or only in part.name]
     if not parts:
         raise ValueError(f"only={only!r} is in no name of: {', '.join(part.name for part in SUITES[suite])}")
-    entrants: list[Entrant] = ["ours, library attention", "builtin"] if suite == "gpu" else ["builtin"]
+    entrants: list[Entrant] = ["builtin", "ours, library attention"] if suite == "gpu" else ["builtin"]
     if rivals and importlib.util.find_spec("transformers"):
         entrants.append("transformers")
-    result: dict[str, Any] = {"machine": machine(target), "suite": suite, "smoke": smoke, "failures": []}
-    result.update((kind, []) for kind in MEASURE)
-    for number, part in enumerate(parts, 1):
-        setting = dataclasses.replace(part.setting, rounds=rounds or part.setting.rounds)
-        setting = tiny(setting, target) if smoke else setting
-        left = 60 * max_minutes - (time.monotonic() - began)
-        seconds = left if number == len(parts) else left / 2
-        print(
-            f"{part.name} ({number} of {len(parts)}, at most {max(0, seconds) / 60:.1f} minutes) ...", file=sys.stderr
-        )
-        try:
-            if seconds < 1:
-                raise LostError(f"no time left of max_minutes={max_minutes:g}")
-            result[part.kind].append(call_apart(MEASURE[part.kind], setting, target, entrants, seconds=seconds))
-        except LostError as error:
-            result["failures"].append({"name": part.name, "error": str(error)})
-        if json_path is not None:  # after each part, for whatever ends the process
-            with atomic_write(json_path, "w") as file:
-                json.dump(result, file, indent=1)
-        if markdown_path is not None:
-            with atomic_write(markdown_path, "w") as file:
-                file.write(markdown(result))
+    result: dict[str, Any] = {"machine": machine(target), "suite": suite, "smoke": smoke, "rivals": entrants}
+    result |= {"failures": [], "not_run": []} | {kind: [] for kind in MEASURE}
+    if json_path is not None and json_path.is_file() and not anew:
+        result = read_earlier(json_path, result, order)
+    missing = sorted((part for part in parts if not is_done(result, part)), key=lambda part: is_tried(result, part))
+    if len(missing) < len(parts):
+        print(f"{json_path} has {len(parts) - len(missing)} of {len(parts)} parts", file=sys.stderr)
+    untried = [part.name for part in missing if not is_tried(result, part)]
+    result["not_run"] = [part.name for part in order if part.name in {*untried, *result["not_run"]}]
+    for number, part in enumerate(missing, 1):
+        left = 60.0 * max_minutes - (time.monotonic() - began)
+        seconds = left if number == len(missing) else min(left, max(left / 2, 600.0))
+        if left < min(60, 6 * max_minutes):  # a process needs seconds to start, and what is begun comes last next time
+            break
+        print(f"{part.name} ({number} of {len(missing)}, at most {seconds / 60:.1f} minutes) ...", file=sys.stderr)
+        put(result, part, {"incomplete": "the command was ended in it", "num_kept": 0}, order)
+        write(result, json_path, markdown_path)
+        put(result, part, measure(part, target, entrants, seconds), order)
+    write(result, json_path, markdown_path)
     print(markdown(result))
     if not any(result[kind] for kind in MEASURE):
         raise ValueError("nothing could be measured: what went wrong stands above")
+    undone = [part.name for part in parts if not is_done(result, part)]
+    if undone:
+        again = "" if json_path is None else ": the same command again goes on with them"
+        print(f"{len(undone)} of {len(parts)} parts are not done{again}", file=sys.stderr)
+
+
+def as_asked(part: Part, rounds: int | None, tiny_for: torch.device | None) -> Part:
+    """The part in the setting of a command."""
+    setting = dataclasses.replace(part.setting, rounds=rounds or part.setting.rounds)
+    return Part(part.kind, tiny(setting, tiny_for) if tiny_for else setting)
+
+
+def measure(part: Part, device: torch.device, entrants: list[Entrant], seconds: float) -> dict[str, Any]:
+    """The part's figures; of one that was lost, those that it had sent, how many times, and what became of it."""
+    so_far: list[dict[str, Any]] = [{"name": part.setting.name}]
+    function, keep = MEASURE[part.kind], so_far.append
+    try:
+        return call_apart(function, part.setting, device, entrants, seconds=seconds, keep=keep)
+    except LostError as error:
+        return so_far[-1] | {"incomplete": str(error), "num_kept": len(so_far) - 1}

@@ -177,11 +177,22 @@ class BareLoop:
 
 
 def warmed_up(
-    names: list[Entrant], setting: Setting, directory: Path, device: torch.device
+    names: list[Entrant],
+    setting: Setting,
+    directory: Path,
+    device: torch.device,
+    keep: Callable[[Entrant, float], None],
 ) -> tuple[dict[Entrant, BareLoop], dict[Entrant, str]]:
     """The entrants after a first round, which compiles; and of those that failed in it, why.
 
     Ours and builtin must get through it, all else is compared with them.
+
+    Args:
+        names: of the entrants.
+        setting: what they train.
+        directory: the dataset.
+        device: where.
+        keep: called after each one's warming up with the seconds of one more round of its own.
     """
     entrants: dict[Entrant, BareLoop] = {}
     lost: dict[Entrant, str] = {}
@@ -190,6 +201,7 @@ def warmed_up(
             entrant = BareLoop(name, setting, directory, device)
             entrant.run(setting.steps)
             entrants[name] = entrant
+            keep(name, entrant.run(setting.steps))
         except Exception as error:
             if name in ("ours", "builtin"):
                 raise
@@ -200,10 +212,13 @@ def warmed_up(
 # ------------------------------------------------------------------------------------------------------- Lightning
 
 
-def fit_in_rounds(setting: Setting, directory: Path, device: torch.device, others: Callable[[], None]) -> list[float]:
-    """Train under Lightning's loop for `setting.rounds` rounds; between them, call `others`.
+def fit_in_rounds(
+    setting: Setting, directory: Path, device: torch.device, others: Callable[[float | None], None]
+) -> None:
+    """Train under Lightning's loop for `setting.rounds` rounds of `setting.steps` steps.
 
-    Returns the seconds of each round of `setting.steps` steps.
+    After each of them, and after one more at the start that warms up, `others` gets the turn: called with the seconds
+    of the round, of the one that warms up with None.
     """
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -213,20 +228,16 @@ def fit_in_rounds(setting: Setting, directory: Path, device: torch.device, other
     from lm.data import TokenDataModule
     from lm.module import LanguageModel
 
-    seconds: list[float] = []
-
     class Rounds(pl.Callback):
         """Keeps the time of the loop, all of it but what `others` takes."""
 
         began = 0.0
 
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            """After each round, and after one more at the start that warms up, give the turn to the others."""
+            """After each round, give the turn to the others."""
             if trainer.global_step % setting.steps == 0:
                 synchronize(device)
-                if trainer.global_step > setting.steps:
-                    seconds.append(time.perf_counter() - self.began)
-                others()
+                others(time.perf_counter() - self.began if trainer.global_step > setting.steps else None)
                 synchronize(device)
                 self.began = time.perf_counter()
 
@@ -257,7 +268,6 @@ def fit_in_rounds(setting: Setting, directory: Path, device: torch.device, other
         raise SystemExit(stop.exit_code) from None
     finally:
         control.signals.restore()
-    return seconds
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 All entrants of a comparison take turns in one process, a few steps each, round after round, so that whatever else the
 machine does falls on all of them; a ratio is the median over the rounds of the ratio within a round.
+
+A comparison calls `keep` with its result so far, as it grows: its process may be ended before its time.
 """
 
 import contextlib
@@ -12,6 +14,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,8 @@ from lm.entrants import (
 )
 from lm.optim import cosine_schedule
 
+Keep = Callable[[dict[str, Any]], object]
+
 # ------------------------------------------------------------------------------------------------------ comparisons
 
 
@@ -42,42 +47,19 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def compare_training(setting: Setting, device: torch.device, rivals: list[Entrant]) -> dict[str, Any]:
+def compare_training(setting: Setting, device: torch.device, rivals: list[Entrant], keep: Keep) -> dict[str, Any]:
     """Tokens per second of all entrants in turns, their ratios, parts and memory; beside the roofline.
 
     Args:
         setting: what is compared.
         device: where.
         rivals: beside "ours" and "lightning".
+        keep: gets the result after each entrant's warming up, with a round of its own, and after each round of all.
     """
     matmul, bandwidth = roofs(setting, device)
-    with tempfile.TemporaryDirectory() as folder, quiet_lightning():
-        directory = Path(folder)
-        write_dataset(directory, setting.model.vocab_size)
-        entrants, lost = warmed_up(["ours", *rivals], setting, directory, device)
-        seconds: dict[Entrant, list[float]] = {"ours": [], "lightning": [], **{name: [] for name in entrants}}
-
-        def round_of_bare_loops() -> None:
-            for name, entrant in entrants.items():
-                seconds[name].append(entrant.run(setting.steps))
-
-        seconds["lightning"] = fit_in_rounds(setting, directory, device, round_of_bare_loops)
-    for name in entrants:  # the turn before Lightning's first round, which only warmed up, has no partner
-        del seconds[name][0]
-
-    results = {name: speeds(setting, device, values, seconds["builtin"], matmul) for name, values in seconds.items()}
-    for name, entrant in entrants.items():
-        if setting.compile != "reduce-overhead":  # CUDA graphs hold their memory from one step to the next
-            results[name]["peak_memory_bytes"] = entrant.peak_memory()
-    turns = [{name: entrant.parts() for name, entrant in entrants.items()} for _ in range(setting.rounds)]
-    for name in entrants:
-        results[name]["parts_seconds"] = {
-            part: statistics.median(turn[name][part] for turn in turns) for part in turns[0][name]
-        }
-    overhead = [f / s - 1 for f, s in zip(seconds["lightning"], seconds["ours"], strict=True)]
-    tokens_per_step = setting.batch_size * setting.model.context_length
     flops_per_token = accounting.flops_per_token(setting.model)
-    return {
+    tokens_per_step = setting.batch_size * setting.model.context_length
+    result: dict[str, Any] = {
         "name": setting.name,
         "setting": asdict(setting),
         "num_parameters": accounting.num_parameters(setting.model),
@@ -89,33 +71,76 @@ def compare_training(setting: Setting, device: torch.device, rivals: list[Entran
         "roofline_tokens_per_second": matmul / flops_per_token,
         "bandwidth_tokens_per_second": tokens_per_step * bandwidth / least_bytes(setting),
         "predicted_memory_bytes": predicted_memory(setting, device),
-        "lightning_overhead": summary(overhead),
-        "entrants": results,
-        "lost": lost,
+        "lost": {},
     }
+    alone: dict[Entrant, float] = {}
+    rounds: list[dict[Entrant, float]] = []
+
+    def so_far(measured: list[dict[Entrant, float]]) -> dict[str, Any]:
+        figures = {"num_rounds": len(measured), "entrants": speeds(setting, device, measured, matmul)}
+        if "lightning" in measured[0]:
+            figures["lightning_overhead"] = summary([one["lightning"] / one["ours"] - 1 for one in measured])
+        return result | figures
+
+    def keep_alone(name: Entrant, seconds: float) -> None:
+        alone[name] = seconds
+        keep(so_far([alone]))
+
+    with tempfile.TemporaryDirectory() as folder, quiet_lightning():
+        directory = Path(folder)
+        write_dataset(directory, setting.model.vocab_size)
+        entrants, result["lost"] = warmed_up(["ours", *rivals], setting, directory, device, keep_alone)
+
+        def round_of_bare_loops(lightning: float | None) -> None:
+            turn = {name: entrant.run(setting.steps) for name, entrant in entrants.items()}
+            if lightning is not None:  # the turn before its first round has no partner
+                rounds.append({"ours": turn.pop("ours"), "lightning": lightning, **turn})
+                keep(so_far(rounds))
+
+        fit_in_rounds(setting, directory, device, round_of_bare_loops)
+    result |= so_far(rounds)
+    for name, entrant in entrants.items():
+        if setting.compile != "reduce-overhead":  # CUDA graphs hold their memory from one step to the next
+            result["entrants"][name]["peak_memory_bytes"] = entrant.peak_memory()
+    keep(result)
+    turns = [{name: entrant.parts() for name, entrant in entrants.items()} for _ in range(setting.rounds)]
+    for name in entrants:
+        result["entrants"][name]["parts_seconds"] = {
+            part: statistics.median(turn[name][part] for turn in turns) for part in turns[0][name]
+        }
+    return result
 
 
 def speeds(
-    setting: Setting, device: torch.device, seconds: list[float], builtin: list[float], matmul: float
-) -> dict[str, Any]:
-    """What an entrant's seconds a round come to: tokens per second, MFU, shares of `matmul` FLOP/s and of builtin."""
+    setting: Setting, device: torch.device, rounds: list[dict[Entrant, float]], matmul: float
+) -> dict[str, dict[str, Any]]:
+    """What the entrants' seconds a round come to.
+
+    Tokens per second, MFU, share of `matmul` FLOP/s, and where builtin has been measured, the ratio to it.
+    """
     dtype: accounting.Dtype = "bfloat16"
     if setting.precision == "32-true":
         dtype = "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     sheet = accounting.peak_flops(device_name(device), dtype)
     tokens_per_round = setting.batch_size * setting.model.context_length * setting.steps
-    speed = summary([tokens_per_round / s for s in seconds])
-    flops = accounting.flops_per_token(setting.model) * speed["median"]
-    return {
-        "tokens_per_second": speed,
-        "milliseconds_per_step": 1e3 * statistics.median(seconds) / setting.steps,
-        "mfu": flops / sheet if sheet else None,
-        "share_of_matmul": flops / matmul,
-        "speed_relative_to_builtin": summary([b / s for b, s in zip(builtin, seconds, strict=True)]),
-    }
+    results: dict[str, dict[str, Any]] = {}
+    for name in rounds[0]:
+        seconds = [one[name] for one in rounds]
+        speed = summary([tokens_per_round / s for s in seconds])
+        flops = accounting.flops_per_token(setting.model) * speed["median"]
+        results[name] = {
+            "tokens_per_second": speed,
+            "milliseconds_per_step": 1e3 * statistics.median(seconds) / setting.steps,
+            "mfu": flops / sheet if sheet else None,
+            "share_of_matmul": flops / matmul,
+        }
+        if "builtin" in rounds[0]:
+            ratios = [one["builtin"] / one[name] for one in rounds]
+            results[name]["speed_relative_to_builtin"] = summary(ratios)
+    return results
 
 
-def compare_memory(setting: Setting, device: torch.device, rivals: list[Entrant]) -> dict[str, Any]:
+def compare_memory(setting: Setting, device: torch.device, rivals: list[Entrant], keep: Keep) -> dict[str, Any]:
     """Peak memory of one eager step of ours beside what `lm.accounting` predicts, in several ways to compute it."""
     ways: dict[str, dict[str, Any]] = {
         "float32": {"precision": "32-true"},
@@ -123,7 +148,7 @@ def compare_memory(setting: Setting, device: torch.device, rivals: list[Entrant]
         "bf16, library attention": {"precision": "bf16-mixed", "attention": "fused"},
         "bf16, activation checkpointing": {"precision": "bf16-mixed", "activation_checkpointing": True},
     }
-    results = {}
+    result: dict[str, Any] = {"name": setting.name, "setting": asdict(setting), "results": {}}
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder), setting.model.vocab_size)
         for name, way in ways.items():
@@ -133,9 +158,10 @@ def compare_memory(setting: Setting, device: torch.device, rivals: list[Entrant]
             trainer = BareLoop("ours", one, Path(folder), device)
             trainer.step()  # the optimizer's numbers are there from now on
             predicted, measured = predicted_memory(one, device), trainer.peak_memory()
-            results[name] = {"predicted_bytes": predicted, "measured_bytes": measured}
+            result["results"][name] = {"predicted_bytes": predicted, "measured_bytes": measured}
+            keep(result)
             del trainer
-    return {"name": setting.name, "setting": asdict(setting), "results": results}
+    return result
 
 
 def predicted_memory(setting: Setting, device: torch.device) -> int:
@@ -146,29 +172,31 @@ def predicted_memory(setting: Setting, device: torch.device) -> int:
     )
 
 
-def compare_curves(setting: Setting, device: torch.device, rivals: list[Entrant]) -> dict[str, Any]:
+def compare_curves(setting: Setting, device: torch.device, rivals: list[Entrant], keep: Keep) -> dict[str, Any]:
     """The loss curve of the setting and that of float32, eager, from the same weights on the same batches.
 
     How much that means is told by further curves in float32, on the same batches too, from other weights. Losses are
     means over 20 pieces of the run, so that one batch does not decide.
     """
     plain = dataclasses.replace(setting, precision="32-true", compile=False)
-    curves = {"as set": loss_curve(setting, device, seed=0)}
-    curves |= {f"float32, seed {seed}": loss_curve(plain, device, seed) for seed in range(setting.rounds)}
-    pieces = min(20, setting.steps)
-    means = {name: [statistics.fmean(piece) for piece in np.array_split(c, pieces)] for name, c in curves.items()}
+    means: dict[str, list[float]] = {}
+
+    def add(name: str, curve: list[float]) -> None:
+        means[name] = [statistics.fmean(piece) for piece in np.array_split(curve, min(20, setting.steps))]
 
     def largest_difference(one: str, other: str) -> float:
         return max(abs(a - b) for a, b in zip(means[one], means[other], strict=True))
 
-    seeds = [name for name in curves if name != "as set"]
-    return {
-        "name": setting.name,
-        "setting": asdict(setting),
-        "means": means,
-        "largest_difference": largest_difference("as set", "float32, seed 0"),
-        "differences_of_seeds": [largest_difference(a, b) for a, b in itertools.combinations(seeds, 2)],
-    }
+    add("as set", loss_curve(setting, device, seed=0))
+    result: dict[str, Any] = {"name": setting.name, "setting": asdict(setting), "means": means}
+    seeds: list[str] = []
+    for seed in range(setting.rounds):
+        seeds.append(f"float32, seed {seed}")
+        add(seeds[-1], loss_curve(plain, device, seed))
+        result["largest_difference"] = largest_difference("as set", seeds[0])
+        result["differences_of_seeds"] = [largest_difference(a, b) for a, b in itertools.combinations(seeds, 2)]
+        keep(result)
+    return result
 
 
 def loss_curve(setting: Setting, device: torch.device, seed: int) -> list[float]:
@@ -193,11 +221,11 @@ def loss_curve(setting: Setting, device: torch.device, seed: int) -> list[float]
     return torch.stack(losses).tolist()
 
 
-def compare_generation(setting: Setting, device: torch.device, rivals: list[Entrant]) -> dict[str, Any]:
+def compare_generation(setting: Setting, device: torch.device, rivals: list[Entrant], keep: Keep) -> dict[str, Any]:
     """Tokens per second of sampling from random weights, one text at a time and a batch of 16, nothing compiled."""
     num_tokens, rounds = min(128, setting.model.context_length - 1), min(3, setting.rounds)
     generators = make_generators(setting, device, rivals, num_tokens)
-    results: dict[str, Any] = {}
+    result: dict[str, Any] = {"name": setting.name, "setting": asdict(setting), "new_tokens": num_tokens, "results": {}}
     for batch_size in (1, 16):
         if batch_size > 1:
             del generators["builtin"]  # minutes
@@ -210,14 +238,15 @@ def compare_generation(setting: Setting, device: torch.device, rivals: list[Entr
                 synchronize(device)
                 if round_number:  # the first one warms up
                     seconds[name].append(time.perf_counter() - began)
-        results[f"batch {batch_size}"] = {
+        result["results"][f"batch {batch_size}"] = {
             name: {
                 "tokens_per_second": summary([batch_size * num_tokens / s for s in values]),
                 "speed_relative_to_ours": summary([b / s for b, s in zip(seconds["ours"], values, strict=True)]),
             }
             for name, values in seconds.items()
         }
-    return {"name": setting.name, "new_tokens": num_tokens, "results": results}
+        keep(result)
+    return result
 
 
 # -------------------------------------------------------------------------------------------------------- the machine

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,25 @@ def test_the_result_comes_back_from_another_process() -> None:
 def test_what_ends_it_is_said(call: tuple, message: str) -> None:
     with pytest.raises(LostError, match=message):
         call_apart(*call, seconds=60)
+
+
+def count(numbers: list[int], keep: Callable[[int], None]) -> str:
+    for number in numbers:
+        keep(number)
+        if number == 3:
+            time.sleep(600)
+    return "counted"
+
+
+def test_what_it_sends_on_its_way_is_kept_whatever_ends_it() -> None:
+    kept: list[int] = []
+    assert call_apart(count, [1, 2], seconds=60, keep=kept.append) == "counted"
+    assert kept == [1, 2]
+    with pytest.raises(LostError, match="not done after 20 seconds"):
+        call_apart(count, [3, 4], seconds=20, keep=kept.append)
+    with pytest.raises(LostError, match="TypeError"):
+        call_apart(count, [5, "six", None], 7, keep=kept.append)
+    assert kept == [1, 2, 3]
 
 
 def test_one_that_takes_too_long_is_ended() -> None:

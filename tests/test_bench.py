@@ -20,6 +20,7 @@ from lm.bench import TINY, Part
 from lm.device import peak_memory
 from lm.entrants import Setting
 from lm.functional import cross_entropy
+from lm.measure import Keep
 from lm.model import TransformerLM
 from lm.rivals import BuiltinLM
 
@@ -74,17 +75,25 @@ def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench.SUITES, "cpu", parts)
 
 
+def empty(setting: Setting) -> dict[str, Any]:
+    return {"name": setting.name, "setting": dataclasses.asdict(setting), "results": {}}
+
+
 @pytest.mark.usefixtures("two_parts")
 def test_a_part_that_fails_is_named_and_costs_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "result.json"
 
-    def call(function: Callable[..., Any], setting: Setting, *args: Any, seconds: float) -> dict[str, Any]:
+    def call(function: Callable[..., Any], setting: Setting, *args: Any, **_: Any) -> dict[str, Any]:
         if setting.name == "a":
             raise LostError("its process was ended by SIGKILL")
-        assert len(json.loads(path.read_text())["failures"]) == 1, "on disk before the next part begins"
-        return {"name": setting.name, "setting": dataclasses.asdict(setting), "results": {}}
+        errors = {lost["name"]: lost["error"] for lost in json.loads(path.read_text())["failures"]}
+        assert errors == {
+            "generation: a": "its process was ended by SIGKILL",
+            "memory: b": "the command was ended in it",
+        }, "on disk before the next part begins"
+        return empty(setting)
 
     monkeypatch.setattr(bench, "call_apart", call)
     bench.run(suite="cpu", device="cpu", json_path=path)
@@ -96,23 +105,117 @@ def test_a_part_that_fails_is_named_and_costs_no_other(
         bench.run(suite="cpu", device="cpu", only="generation")
 
 
-def test_parts_for_which_no_time_is_left_are_listed(
+class Machine:
+    """Runs parts in no time and lets a clock tell the seconds that each takes; a part that lacks them sends some."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+        self.now = 50.0
+        self.seconds = seconds
+        self.given: list[tuple[str, float]] = []
+        monkeypatch.setitem(bench.SUITES, "cpu", [Part("memory", Setting(name, TINY, 4)) for name in seconds])
+        monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(bench, "call_apart", self.call)
+
+    def call(
+        self, function: Callable[..., Any], setting: Setting, *args: Any, seconds: float, keep: Keep
+    ) -> dict[str, Any]:
+        self.given.append((setting.name, seconds))
+        needs = self.seconds[setting.name]
+        self.now += min(needs, seconds)
+        if needs <= seconds:
+            return empty(setting)
+        for _ in range(int(seconds // 60)):
+            keep(empty(setting))
+        raise LostError(f"not done after {seconds:.0f} seconds")
+
+    def bench(self, **options: Any) -> list[tuple[str, float]]:
+        """The parts that are run and the time that each is given."""
+        self.given = []
+        bench.run(suite="cpu", device="cpu", **options)
+        return self.given
+
+
+def test_the_same_command_again_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = SimpleNamespace(now=50.0)
-    given = []
+    machine = Machine(monkeypatch, a=200, b=1000, c=100, d=540)
+    path = tmp_path / "result.json"
+    options: dict[str, Any] = {"json_path": path, "markdown_path": tmp_path / "page.md", "max_minutes": 10}
+    assert machine.bench(**options) == [("a", 600), ("b", 400)]
+    output = capsys.readouterr()
+    assert "### Peak memory: b, 4 sequences, eager\n\n**Incomplete: not done after 400 seconds.**" in output.out
+    assert "Not run yet: memory: c\n\nNot run yet: memory: d\n" in output.out
+    assert "3 of 4 parts are not done: the same command again goes on with them" in output.err
 
-    def call(function: Callable[..., Any], setting: Setting, *args: Any, seconds: float) -> dict[str, Any]:
-        given.append(seconds)
-        clock.now += 61 if setting.name == "c" else 30
-        return {"name": setting.name, "setting": dataclasses.asdict(setting), "results": {}}
+    assert machine.bench(**options) == [("c", 600), ("d", 500)]
+    output = capsys.readouterr()
+    assert f"{path} has 1 of 4 parts" in output.err
+    assert "Not run yet" not in output.out
 
-    monkeypatch.setitem(bench.SUITES, "cpu", [Part("memory", Setting(name, TINY, 4)) for name in "abcd"])
-    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(bench, "call_apart", call)
-    bench.run(suite="cpu", device="cpu", max_minutes=2)
-    assert given == [60, 45, 30]
-    assert "Not measured: memory: d: no time left of max_minutes=2" in capsys.readouterr().out
+    assert machine.bench(**options, only="c") == []
+    assert machine.bench(**options) == [("b", 600)], "of what was cut off, the first in the suite"
+    assert machine.bench(**options | {"max_minutes": 3}) == [("b", 180)]
+    result = json.loads(path.read_text())
+    assert [part["name"] for part in result["memory"]] == ["a", "b", "c", "d"], "in the order of the suite"
+    assert result["memory"][1]["num_kept"] == 10, "the figures that go furthest"
+
+    machine.seconds = dict.fromkeys("abcd", 1)
+    capsys.readouterr()
+    assert machine.bench(**options) == [("b", 600), ("d", 599)]
+    output = capsys.readouterr()
+    assert "Incomplete" not in output.out
+    assert "not done" not in output.err
+    page = (tmp_path / "page.md").read_text()
+    (tmp_path / "page.md").unlink()
+    assert machine.bench(**options) == []
+    assert (tmp_path / "page.md").read_text() == page
+    assert [name for name, _ in machine.bench(**options, anew=True)] == ["a", "b", "c", "d"]
+
+
+def test_a_long_time_is_not_all_for_the_first_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, a=9000, b=9000, c=9000, d=9000)
+    assert machine.bench(max_minutes=60) == [("a", 1800), ("b", 900), ("c", 600), ("d", 300)]
+    machine.seconds["a"] = 20
+    assert machine.bench(max_minutes=0.5, only="a") == [("a", 30)]
+
+
+def test_a_command_that_is_killed_has_tried_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, a=1, b=1)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "call_apart", killed)
+    path = tmp_path / "result.json"
+    with pytest.raises(KeyboardInterrupt):
+        machine.bench(json_path=path)
+    assert json.loads(path.read_text())["not_run"] == ["memory: b"]
+    monkeypatch.setattr(bench, "call_apart", machine.call)
+    assert [name for name, _ in machine.bench(json_path=path)] == ["b", "a"]
+
+
+def test_figures_that_cannot_be_compared_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, a=1, b=1)
+    path = tmp_path / "result.json"
+    machine.bench(json_path=path)
+    result = json.loads(path.read_text())
+    others = [
+        ({**result, "machine": {**result["machine"], "device": "Abacus"}}, "has device=Abacus, it would be .* here"),
+        ({**result, "machine": {**result["machine"], "versions": {"python": "2.7"}}}, "has versions={'python': '2.7'}"),
+        ({**result, "suite": "gpu"}, "has suite=gpu, it would be cpu here"),
+        ({**result, "rivals": []}, r"has rivals=\[\], it would be"),
+        ({**result, "memory": [{"name": "a"}]}, "has 'memory: a' in another setting"),
+        ({"loss": 3}, "holds no figures of this command"),
+        ([], "holds no figures of this command"),
+    ]
+    for other, message in others:
+        path.write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=f"{message}.*: name another file, or replace it with --anew"):
+            machine.bench(json_path=path)
+        assert json.loads(path.read_text()) == other
+    path.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="in another setting"):
+        machine.bench(json_path=path, rounds=99)
 
 
 def test_a_rival_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -128,9 +231,10 @@ def test_a_rival_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(entrants, "BareLoop", BareLoop)
     names: list[entrants.Entrant] = ["ours", "builtin", "transformers"]
     fails = ""
-    arguments = Setting("a", TINY, 4), tmp_path, torch.device("cpu")
+    kept: list[str] = []
+    arguments = Setting("a", TINY, 4), tmp_path, torch.device("cpu"), lambda name, seconds: kept.append(name)
     there, lost = entrants.warmed_up(names, *arguments)
-    assert there.keys() == {"ours", "builtin"}
+    assert list(there) == kept == ["ours", "builtin"]
     assert lost == {"transformers": "OutOfMemoryError: CUDA out of memory"}
     fails = "builtin"
     with pytest.raises(torch.OutOfMemoryError):
@@ -155,7 +259,7 @@ def test_the_whole_suite_for_a_gpu_in_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Here in one process, for the time that starting each would take."""
-    monkeypatch.setattr(bench, "call_apart", lambda function, *args, seconds: function(*args))
+    monkeypatch.setattr(bench, "call_apart", lambda function, *args, seconds, keep: function(*args, keep))
     paths = {"json_path": tmp_path / "result.json", "markdown_path": tmp_path / "result.md"}
     bench.run(suite="gpu", smoke=True, rivals=False, device="cpu", **paths)
     result = json.loads((tmp_path / "result.json").read_text())
