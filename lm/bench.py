@@ -317,7 +317,7 @@ def run(
 
     Args:
         suite: which parts; auto takes gpu where CUDA has one. `--suite gpu` alone measures all GPU figures.
-        only: the parts whose name contains this.
+        only: the parts of this name, or if there is none, all whose name contains it; several with semicolons between.
         rivals: also transformers' Llama, where installed, beside the loop of torch built-ins.
         rounds: turns of each entrant; default, each setting's own.
         json_path: write all figures here, and go on with those that are there.
@@ -337,9 +337,7 @@ def run(
     if suite == "gpu" and target.type != "cuda" and not smoke:
         raise ValueError("suite=gpu needs a CUDA device, none is here: use --suite cpu, or --smoke to try it out")
     order = [as_asked(part, rounds, target if smoke else None) for part in SUITES[suite]]
-    parts = [part for part in order if only is None or only in part.name]
-    if not parts:
-        raise ValueError(f"only={only!r} is in no name of: {', '.join(part.name for part in SUITES[suite])}")
+    parts = order if only is None else named(order, only)
     entrants: list[Entrant] = ["builtin", "ours, library attention"] if suite == "gpu" else ["builtin"]
     if rivals and importlib.util.find_spec("transformers"):
         entrants.append("transformers")
@@ -369,6 +367,22 @@ def run(
     if undone:
         again = "" if json_path is None else ": the same command again goes on with them"
         print(f"{len(undone)} of {len(parts)} parts are not done{again}", file=sys.stderr)
+
+
+def named(parts: list[Part], only: str) -> list[Part]:
+    """Those that `--only` asks for.
+
+    Raises:
+        ValueError: a name is in none of theirs.
+    """
+    wanted: set[str] = set()
+    names = [part.name for part in parts]
+    for word in list(filter(None, map(str.strip, only.split(";")))) or [only]:
+        found = [word] if word in names else [name for name in names if word in name]
+        if not found:
+            raise ValueError(f"only={word!r} is in no name of: {'; '.join(names)}")
+        wanted.update(found)
+    return [part for part in parts if part.name in wanted]
 
 
 def as_asked(part: Part, rounds: int | None, tiny_for: torch.device | None) -> Part:

@@ -63,10 +63,25 @@ def test_the_chain_can_be_learnt_to_the_loss_it_says() -> None:
 
 
 def test_requests_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="training: demo, training: base"):
-        bench.run(suite="cpu", only="nonsense", device="cpu")
+    with pytest.raises(ValueError, match=r"only='nonsense' .* training: demo; training: base"):
+        bench.run(suite="cpu", only="training; nonsense", device="cpu")
+    with pytest.raises(ValueError, match="only=';' is in no name of"):
+        bench.run(suite="cpu", only=";", device="cpu")
     with pytest.raises(ValueError, match="suite=gpu needs a CUDA device"):
         bench.run(suite="gpu", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [
+        ("training: base, bf16, compiled", ["training: base, bf16, compiled"]),
+        ("CUDA graphs", [f"training: {bench.GRAPHS}"]),
+        ("memory: base;curves", ["curves: base, bf16, compiled", "memory: base"]),
+        (" generation: base, bf16 ; base, float32; ", ["generation: base, bf16", "training: base, float32"]),
+    ],
+)
+def test_only_takes_whole_names_before_parts_of_them(only: str, names: list[str]) -> None:
+    assert [part.name for part in bench.named(bench.SUITES["gpu"], only)] == names
 
 
 @pytest.fixture
