@@ -269,6 +269,33 @@ def test_a_rival_takes_windows_and_what_follows(tmp_path: Path) -> None:
         assert following.tolist() == rival.tokens[start + 1 : start + 17].tolist()
 
 
+def test_the_page_says_where_precision_differs(tmp_path: Path) -> None:
+    """And it does: what enters the head in bf16-mixed."""
+    entrants.write_dataset(tmp_path, 60)
+    dtypes: dict[str, torch.dtype] = {}
+    setting = Setting("a", TINY, 4, "bf16-mixed")
+    pytest.importorskip("transformers")
+    names: list[entrants.Entrant] = ["ours", "builtin", "transformers"]
+    for name in names:
+        loop = entrants.BareLoop(name, setting, tmp_path, torch.device("cpu"))
+        blocks = {"ours": "layers.1", "builtin": "blocks.1", "transformers": "model.layers.1"}
+        block = loop.model.get_submodule(blocks[name])
+        block.register_forward_hook(lambda _, __, output, name=name: dtypes.update({name: output.dtype}))
+        loop.forward(*loop.data())
+    assert dtypes == {"ours": torch.bfloat16, "builtin": torch.float32, "transformers": torch.float32}
+
+    result = json.loads((Path(__file__).parents[1] / "logs" / "benchmarks" / "lm-cpu.json").read_text())
+    assert "unlike precision" not in bench.markdown(result)
+    result["training"][0]["setting"]["precision"] = "bf16-mixed"
+    assert bench.markdown(result).count("unlike precision") == bench.markdown(result).count("builtin* |") == 1
+
+
+def test_the_report_is_what_its_figures_give() -> None:
+    folder = Path(__file__).parents[1] / "logs" / "benchmarks"
+    page = bench.markdown(json.loads((folder / "lm-cpu.json").read_text()))
+    assert (folder / "REPORT.md").read_text().endswith("\n\n" + page)
+
+
 @pytest.mark.slow
 def test_the_whole_suite_for_a_gpu_in_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
