@@ -99,6 +99,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [f"## Training and generation, {about['device']}", "", f"{about['threads']} threads, {versions}.", ""]
     if result["smoke"]:
         lines += ["**A trial with tiny models: no figure here means anything.**", ""]
+    if result["suite"] == "gpu" and not result["smoke"]:
+        lines += aims_page(result)
     pages: dict[Kind, Callable[[dict[str, Any]], list[str]]] = {
         "training": training_page,
         "curves": curves_page,
@@ -131,6 +133,28 @@ def spread(values: dict[str, float], form: str) -> str:
 def mebibytes(num_bytes: int) -> str:
     """In MiB."""
     return f"{num_bytes / 2**20:,.0f} MiB"
+
+
+def aims_page(result: dict[str, Any]) -> list[str]:
+    """Whether the project's aims for a GPU hold; one that is not measured, or not all of it, has no row."""
+    rows: list[tuple[str, str, str, bool]] = []
+    training = {one["name"]: one["entrants"] for one in result["training"] if "incomplete" not in one}
+    for name in ("ours", "ours, library attention"):
+        if base := training.get(GPU_BASE.name, {}).get(name):
+            speed, ratio = base["tokens_per_second"]["median"], base["speed_relative_to_builtin"]["median"]
+            rows.append(("at least 2.2 million tokens/s, base", name, f"{speed:,.0f}", speed >= 2.2e6))
+            rows.append(("at least 1.2 times builtin, base", name, f"{ratio:.2f}", ratio >= 1.2))
+        large = training.get(GPU_LARGE.name, {}).get(name)
+        if large and large["mfu"]:
+            rows.append(("at least 50 % MFU, 12 x 768", name, f"{large['mfu']:.1%}", large["mfu"] >= 0.5))
+    for one in result["memory"]:
+        if "incomplete" not in one:
+            ratios = {name: way["measured_bytes"] / way["predicted_bytes"] for name, way in one["results"].items()}
+            worst = max(ratios, key=lambda name: abs(ratios[name] - 1))
+            met = 0.9 <= ratios[worst] <= 1.1
+            rows.append((f"memory within 10 % of the prediction, {one['name']}", worst, f"{ratios[worst]:.2f}", met))
+    lines = [f"| {aim} | {name} | {figure} | {'met' if met else 'missed'} |" for aim, name, figure, met in sorted(rows)]
+    return ["| aim | of | measured | |", "|---|---|---|---|", *lines, ""] if lines else []
 
 
 def training_page(part: dict[str, Any]) -> list[str]:

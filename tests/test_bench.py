@@ -290,6 +290,38 @@ def test_the_page_says_where_precision_differs(tmp_path: Path) -> None:
     assert bench.markdown(result).count("unlike precision") == bench.markdown(result).count("builtin* |") == 1
 
 
+def test_the_page_of_a_gpu_says_whether_the_aims_hold() -> None:
+    def entrant(speed: float, ratio: float, mfu: float | None) -> dict[str, Any]:
+        return {"tokens_per_second": {"median": speed}, "speed_relative_to_builtin": {"median": ratio}, "mfu": mfu}
+
+    def memory(measured: int) -> dict[str, dict[str, int]]:
+        ways = {"float32": 100, "bf16": measured}
+        return {name: {"measured_bytes": bytes_, "predicted_bytes": 100} for name, bytes_ in ways.items()}
+
+    base = {"ours": entrant(2.3e6, 1.19, 0.3), "builtin": entrant(1.9e6, 1, 0.3)}
+    large = {"ours": entrant(1e5, 1.3, 0.499), "ours, library attention": entrant(1e5, 1.3, 0.5)}
+    result = {
+        "training": [
+            {"name": bench.GPU_BASE.name, "entrants": base},
+            {"name": bench.GPU_LARGE.name, "entrants": large},
+        ],
+        "memory": [{"name": "base", "results": memory(89)}, {"name": "12 x 768", "results": memory(110)}],
+    }
+    assert bench.aims_page(result)[2:-1] == [
+        "| at least 1.2 times builtin, base | ours | 1.19 | missed |",
+        "| at least 2.2 million tokens/s, base | ours | 2,300,000 | met |",
+        "| at least 50 % MFU, 12 x 768 | ours | 49.9% | missed |",
+        "| at least 50 % MFU, 12 x 768 | ours, library attention | 50.0% | met |",
+        "| memory within 10 % of the prediction, 12 x 768 | bf16 | 1.10 | met |",
+        "| memory within 10 % of the prediction, base | bf16 | 0.89 | missed |",
+    ]
+    large["ours"]["mfu"] = None
+    del large["ours, library attention"]
+    result["training"][0]["incomplete"] = result["memory"][0]["incomplete"] = "not done after 9 seconds"
+    result["memory"].pop()
+    assert bench.aims_page(result) == []
+
+
 def test_the_report_is_what_its_figures_give() -> None:
     folder = Path(__file__).parents[1] / "logs" / "benchmarks"
     page = bench.markdown(json.loads((folder / "lm-cpu.json").read_text()))
