@@ -148,7 +148,7 @@ def prepare(
 
 def run(
     corpus: str,
-    valid_text: Path | None = None,
+    valid_text: str | None = None,  # no Path, of which the parser would say itself that it is not UTF-8
     data_dir: Path = Path("data"),
     vocab_size: int | None = None,
     progress: bool = False,
@@ -427,6 +427,11 @@ def _described_splits(meta_path: Path) -> dict[str, Any]:
 
 def _text_file(name: str, path: str | os.PathLike[str]) -> Path:
     text = Path(path)
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # neither config.yaml nor the logger of a run can hold such a name
+        spelling = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise ValueError(f"{name}={spelling}: a name there is not UTF-8; rename it") from None
     if text.is_dir():
         raise ValueError(f"{name}={text} is a directory; give a text file (.txt, .txt.gz, .txt.xz)")
     if not text.exists():

@@ -16,6 +16,7 @@ from toy import disk_calls, flushed_before_it_was_named
 
 from lm import grammar
 from lm import prepare as module
+from lm.__main__ import main
 from lm.prepare import dataset_name, default_vocab_size, hold_out, prepare, run
 from tokenizer.bpe import Tokenizer
 
@@ -234,6 +235,39 @@ def test_bad_input_is_one_clear_line(data, tmp_path, monkeypatch, arguments, err
     with pytest.raises(error, match=message) as caught:
         prepare(**{"data_dir": data, **arguments})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.txt", b"caf\xe9/own.txt"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prepare"],
+        ["prepare", "own.txt", "--valid_text"],
+        ["fit", "--data.train_text"],
+        ["fit", "--data.train_text=own.txt", "--data.valid_text"],
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_is_not_utf8_is_said_in_one_line(tmp_path, monkeypatch, capsys, words, name):
+    for path in (b"own.txt", name):
+        text = tmp_path / os.fsdecode(path)
+        own_text(text.parent, name=text.name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lm"])
+    assert main([*words, os.fsdecode(name)]) == 2
+    option = "valid_text" if "valid" in words[-1] else "train_text"
+    spelling = name.decode("utf-8", "backslashreplace")
+    assert capsys.readouterr().err == f"error: {option}={spelling}: a name there is not UTF-8; rename it\n"
+    assert not (tmp_path / "logs").is_dir() or not list((tmp_path / "logs").iterdir())
+
+
+def test_the_folder_that_all_is_done_in_may_have_any_name(tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    own_text(folder)
+    monkeypatch.chdir(folder)
+    for _ in range(2):  # the second time, the notes are read
+        directory = prepare(train_text="tales.txt", vocab_size=300)
+    assert json.loads((directory / "stages.json").read_text("utf-8"))["source"]["path"] == str(folder / "tales.txt")
 
 
 def test_no_room_for_a_copy(data, tmp_path, monkeypatch):

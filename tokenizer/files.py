@@ -338,10 +338,10 @@ def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
-    """Write `data` as indented JSON, atomically."""
-    with atomic_write(path, "w") as file:
-        json.dump(data, file, ensure_ascii=False, indent=2)
-        file.write("\n")
+    """Write `data` as indented JSON, atomically; a byte of a file's name that is no UTF-8 as JSON's escape of it."""
+    text = json.dumps(data, ensure_ascii=False, indent=2) + "\n"
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def spell_vocab(vocab: Vocab, special_tokens: Sequence[str]) -> dict[str, int]:
