@@ -6,6 +6,8 @@ Python's own HTTP server and one file of HTML, `serve.html`; nothing comes from 
     GET  /model     what it says of the model, as JSON
     POST /generate  settings as JSON; the answer is one JSON object a line: pieces of text as they come, then a summary
 
+HEAD is answered as GET is, without the body.
+
 It listens on the loopback interface unless told otherwise. A request under a foreign name is refused even there, for a
 web page could give its own name the address 127.0.0.1 (DNS rebinding), and so is one that another page has sent.
 """
@@ -290,6 +292,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_error(404, f"there is no {path} here")
 
+    do_HEAD = do_GET  # `reply` leaves out the body
+
     def do_POST(self) -> None:
         """A text, written while it is read; when the browser goes away, the writing ends."""
         body = self.read_body()
@@ -325,7 +329,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"0\r\n\r\n")
 
     def read_body(self) -> bytes | None:
-        """The request's body; None, and the answer is given, if it is too large or its length unknown."""
+        """The request's body; None, and the answer is given, if it is too large, cut off, or its length unknown."""
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdecimal()):
             self.send_error(411, "the body's length must be given")
@@ -333,7 +337,11 @@ class Handler(BaseHTTPRequestHandler):
         if len(length) > 9 or int(length) > MAX_BODY_BYTES:
             self.send_error(413, f"the body must have at most {MAX_BODY_BYTES:,} bytes")
             return None
-        return self.rfile.read(int(length))
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            self.send_error(400, f"the body breaks off after {len(body):,} of {int(length):,} bytes")
+            return None
+        return body
 
     def is_foreign(self) -> bool:
         """Refuse a request under a name that is not ours, or from a page that is not ours."""
@@ -351,11 +359,12 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(code, json.dumps({"error": message or self.responses[code][0]}).encode() + b"\n")
 
     def reply(self, code: int, content: bytes, content_type: str = "application/json") -> None:
-        """A whole answer."""
+        """A whole answer; to HEAD, all but its body."""
         self.send_head(code, content_type)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def send_head(self, code: int, content_type: str) -> None:
         """What every answer begins with."""

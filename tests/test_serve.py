@@ -118,6 +118,17 @@ def test_the_page_has_a_model_card(server: Server) -> None:
     assert facts["card"] == f"{size:,} parameters, step 4, validation loss 1.250 nats per token, context 32 tokens"
 
 
+@pytest.mark.parametrize("path", ["/", "/model", "/nothing"])
+def test_head_is_get_without_the_body(server: Server, path: str) -> None:
+    whole = ask(server, "GET", path)
+    with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+        connection.sendall(f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {whole.status} ".encode())
+    assert f"Content-Length: {len(whole.read())}".encode() in head.split(b"\r\n")
+    assert body == b""
+
+
 def test_the_package_takes_its_page_along() -> None:
     import tomllib
 
@@ -372,6 +383,16 @@ def test_who_may_ask_for_what(server: Server, method: str, path: str, headers: d
     assert answer.status == status
     if status != 200:
         assert list(json.loads(answer.read())) == ["error"]
+
+
+def test_a_body_that_breaks_off_is_refused(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+        head = "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        connection.sendall(f"POST /generate HTTP/1.1\r\n{head}{{}}".encode())
+        connection.shutdown(socket.SHUT_WR)
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"the body breaks off after 2 of 100 bytes" in answer
 
 
 def test_the_body_has_a_limit_and_the_number_of_tokens_another() -> None:
