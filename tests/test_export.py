@@ -98,6 +98,26 @@ def test_transformers_loads_the_same_model(head: str, tmp_path: Path, small_toke
     assert all(part in card for part in ("val/loss: 1.2500", "12 steps", '"d_ff": 64', '"seed": 1'))
 
 
+def test_transformers_pads_and_knows_every_special_token(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    special = ["<|endoftext|>", "<|user|>", "<|a longer one|>"]
+    vocab = small_tokenizer.vocab | {len(small_tokenizer.vocab) + i: t.encode() for i, t in enumerate(special[1:])}
+    ours = Tokenizer(vocab, small_tokenizer.merges, special)
+    export_hf(make_model(), ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert set(theirs.all_special_tokens) == set(special)
+    texts = [*HARD_TEXTS, "<|user|>the cat<|a longer one|><|endoftext|>", "a"]
+    expected = [ours.encode(text) for text in texts]
+    assert [theirs.encode(text) for text in texts] == expected
+    padded = theirs(texts, padding=True)
+    for token_ids, mask, own in zip(padded["input_ids"], padded["attention_mask"], expected, strict=True):
+        assert [token_id for token_id, real in zip(token_ids, mask, strict=True) if real] == own
+        assert {token_id for token_id, real in zip(token_ids, mask, strict=True) if not real} <= {0}
+    assert len(theirs) == len(vocab)
+    assert theirs.decode(expected[-2], skip_special_tokens=True) == "the cat"
+
+
 @pytest.mark.parametrize("head", ["untied", "tied"])
 def test_what_was_exported_comes_back_bit_for_bit(head: str, tmp_path: Path, small_tokenizer: Tokenizer) -> None:
     pytest.importorskip("safetensors")
