@@ -402,6 +402,19 @@ def save(figure: Any, target: Path) -> list[Path]:
     return pictures
 
 
+def failures(study: Path, runs: Sequence[Run]) -> dict[str, str]:
+    """The last words of each run of a sweep that failed and has had no result since, by its name."""
+    done = {run.directory.parent for run in runs if run.status in ("finished", "diverged")}
+    found = {}
+    for record in sorted(study.rglob("record.json")):
+        if record.parent not in done and read_mapping(record, json.loads).get("status") == "failed":
+            output = record.with_name("output.txt")
+            said = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
+            [*_, last] = ["it said nothing", *said.rstrip().splitlines()]
+            found[record.parent.relative_to(study).as_posix()] = last
+    return found
+
+
 def report(study: str, logs: str = "logs") -> None:
     """Write logs/<study>/REPORT.md and its curves from the study's run files.
 
@@ -411,12 +424,16 @@ def report(study: str, logs: str = "logs") -> None:
 
     Raises:
         FileNotFoundError: no run in the study's folder has metrics.
+        ValueError: all have failed.
     """
     folder = Path(logs) / study
     if not folder.is_dir() and Path(study).is_dir():
         folder = Path(study)
         study = folder.relative_to(logs).as_posix() if folder.is_relative_to(logs) else study
     runs = find_runs(folder)
+    failed = failures(folder, runs)
+    if not runs and failed:
+        raise ValueError(f"every run in {folder} failed, {' with: '.join(next(iter(failed.items())))}")
     if not runs:
         raise FileNotFoundError(f"no runs in {folder}: make some with `python -m lm fit` or `python -m lm sweep`")
     groups = group_by_settings(runs)
@@ -439,6 +456,8 @@ def report(study: str, logs: str = "logs") -> None:
         lines.append("(curves: `pip install -e '.[plots]'` and make this page anew)")
     lines.append(f"## Settings compared\n\n{group_table(groups)}")
     lines.append(f"## Runs\n\n{run_table(runs)}")
+    if failed:
+        lines.append("## Failed\n\n" + "\n".join(f"- `{name}`: {why}" for name, why in failed.items()))
     elsewhere = f" --logs {logs}" if logs != "logs" else ""
     lines.append(f"Made from the run files by `python -m lm report {study}{elsewhere}`.")
     with atomic_write(folder / "REPORT.md", "w") as file:

@@ -154,6 +154,37 @@ def test_a_path_to_the_study_is_as_good_as_its_name(study: Path, monkeypatch: py
     assert f"`python -m lm report {logs}/learning_rate`" in (study / "REPORT.md").read_text(), "of another folder"
 
 
+def fail(study: Path, name: str, output: str | None) -> None:
+    """What a sweep leaves of a run that failed."""
+    (study / name).mkdir(exist_ok=True)
+    (study / name / "record.json").write_text(json.dumps({"status": "failed", "exit_code": 2}))
+    if output is not None:
+        (study / name / "output.txt").write_text(output)
+
+
+def test_a_run_that_failed_is_named_with_its_last_words(study: Path) -> None:
+    report("learning_rate", logs=str(study.parent))
+    assert "Failed" not in (study / "REPORT.md").read_text()
+    fail(study, "lr_9-seed_0", "first try\nerror: data.batch_size=0 must be at least 1\n\n")
+    fail(study, "lr_9-seed_1", None)
+    write_run(study, "lr_0.01-seed_7", 0.01, 7, [4.0, 3.5], status="unfinished")
+    fail(study, "lr_0.01-seed_7", "step 20\nRuntimeError: out of memory")
+    fail(study, "lr_0.01-seed_0", "of a try before the one that finished")
+    report("learning_rate", logs=str(study.parent))
+    [section] = re.findall("## Failed\n\n((?:- .*\n)+)\n", (study / "REPORT.md").read_text())
+    assert section.splitlines() == [
+        "- `lr_0.01-seed_7`: RuntimeError: out of memory",
+        "- `lr_9-seed_0`: error: data.batch_size=0 must be at least 1",
+        "- `lr_9-seed_1`: it said nothing",
+    ]
+
+
+def test_a_study_of_which_every_run_failed_says_why(tmp_path: Path) -> None:
+    fail(tmp_path, "lr_9-seed_0", "error: no room\n")
+    with pytest.raises(ValueError, match=r"every run in .* failed, lr_9-seed_0 with: error: no room$"):
+        report(tmp_path.name, logs=str(tmp_path.parent))
+
+
 def test_no_runs_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no runs in .*nothing"):
         report("nothing", logs=str(tmp_path))
