@@ -10,7 +10,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import yaml
 
 from lm.checkpoint import newest_config
 from tokenizer.files import atomic_write
+
+MAKES_RUNS = "make some with `python -m lm fit` or `python -m lm sweep`"
 
 # Settings that say where a run lives or which random numbers it drew, not what it is.
 SEED = "seed_everything"
@@ -402,6 +404,48 @@ def save(figure: Any, target: Path) -> list[Path]:
     return pictures
 
 
+def comparison(runs: Sequence[Run]) -> str:
+    """Text with a column for each run: how it ended, and the settings that differ."""
+    ends = [run.rows[-1] if run.rows else {} for run in runs]
+    bits = [run.curve("val/bits_per_byte")[1] for run in runs]
+    lines = {
+        "": [run.name for run in runs],
+        "val/loss": [number(run.final_loss) for run in runs],
+        "val/bits_per_byte": [number(curve[-1] if curve else None) for curve in bits],
+        "steps": [number(end.get("step")) for end in ends],
+        "tokens": [number(end.get("tokens_seen")) for end in ends],
+        "wall s": [number(end.get("wall_seconds"), 0) for end in ends],
+        "status": [run.status for run in runs],
+    }
+    seed = [SEED] if len({run.settings.get(SEED) for run in runs}) > 1 else []
+    lines |= {name: [str(run.settings.get(name, "–")) for run in runs] for name in [*varied_settings(runs), *seed]}
+    columns = [[*lines], *zip(*lines.values(), strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    rows = zip(*columns, strict=True)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def named_runs(name: str, logs: str) -> list[Run]:
+    """The run in a folder, its newest version where there are several, or all the runs of a study.
+
+    Raises:
+        FileNotFoundError: no run there has metrics.
+    """
+    folder = find_folder(name, logs)
+    versions = [folder, *by_version(folder.glob("version_*"))]
+    if own := [path for path in versions if (path / "metrics.jsonl").is_file()]:
+        return [read_run(own[-1], name)]
+    runs = [replace(run, name=f"{name.rstrip('/')}/{run.name}") for run in find_runs(folder)]
+    if not runs:
+        raise FileNotFoundError(f"no runs in {folder}: {MAKES_RUNS}")
+    return runs
+
+
+def find_folder(name: str, logs: str) -> Path:
+    """The folder of that name below `logs`, or else at that path."""
+    return Path(name) if not Path(logs, name).is_dir() and Path(name).is_dir() else Path(logs, name)
+
+
 def failures(study: Path, runs: Sequence[Run]) -> dict[str, str]:
     """The last words of each run of a sweep that failed and has had no result since, by its name."""
     done = {run.directory.parent for run in runs if run.status in ("finished", "diverged")}
@@ -415,27 +459,31 @@ def failures(study: Path, runs: Sequence[Run]) -> dict[str, str]:
     return found
 
 
-def report(study: str, logs: str = "logs") -> None:
+def report(study: str, logs: str = "logs", against: str = "") -> None:
     """Write logs/<study>/REPORT.md and its curves from the study's run files.
 
     Args:
         study: the folder's name below `logs`, or a path to it.
         logs: where the studies are.
+        against: runs or studies, with commas between them: nothing is written, but `study`, or the run of that name,
+            is compared with them on the screen.
 
     Raises:
         FileNotFoundError: no run in the study's folder has metrics.
         ValueError: all have failed.
     """
-    folder = Path(logs) / study
-    if not folder.is_dir() and Path(study).is_dir():
-        folder = Path(study)
-        study = folder.relative_to(logs).as_posix() if folder.is_relative_to(logs) else study
+    if against:
+        print(comparison([run for name in (study, *against.split(",")) for run in named_runs(name, logs)]))
+        return
+    folder = find_folder(study, logs)
+    if folder == Path(study) and folder.is_relative_to(logs):
+        study = folder.relative_to(logs).as_posix()
     runs = find_runs(folder)
     failed = failures(folder, runs)
     if not runs and failed:
         raise ValueError(f"every run in {folder} failed, {' with: '.join(next(iter(failed.items())))}")
     if not runs:
-        raise FileNotFoundError(f"no runs in {folder}: make some with `python -m lm fit` or `python -m lm sweep`")
+        raise FileNotFoundError(f"no runs in {folder}: {MAKES_RUNS}")
     groups = group_by_settings(runs)
     notes = folder / "NOTES.md"
     lines = [notes.read_text(encoding="utf-8").rstrip()] if notes.is_file() else [f"# {study}"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lm.__main__ import main
 from lm.report import find_runs, group_by_settings, highest_shown, read_metrics, report, varied_settings
 
 
@@ -183,6 +184,34 @@ def test_a_study_of_which_every_run_failed_says_why(tmp_path: Path) -> None:
     fail(tmp_path, "lr_9-seed_0", "error: no room\n")
     with pytest.raises(ValueError, match=r"every run in .* failed, lr_9-seed_0 with: error: no room$"):
         report(tmp_path.name, logs=str(tmp_path.parent))
+
+
+def test_runs_are_compared_on_the_screen(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(study.parent, "first", 0.5, 0, [3.0, 2.5])
+    newest = write_run(study.parent, "second", 0.25, 1, [3.0])
+    newest.rename(newest.with_name("version_10"))
+    write_run(study.parent, "second", 0.125, 1, [9.0])
+    monkeypatch.chdir(study.parent)
+    assert main(["report", "first", "--against", "second,second/version_0,learning_rate/lr_1-seed_0", "--logs=."]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.split("  +", line) for line in lines] == [
+        ["", "first", "second", "second/version_0", "learning_rate/lr_1-seed_0"],
+        ["val/loss", "2.5000", "3.0000", "9.0000", "5.0000"],
+        ["val/bits_per_byte", "0.6250", "0.7500", "2.2500", "1.2500"],
+        ["steps", "20", "10", "10", "20"],
+        ["tokens", "1,280", "640", "640", "1,280"],
+        ["wall s", "3", "2", "2", "3"],
+        ["status", "finished", "finished", "finished", "diverged"],
+        ["model.optimizer.lr", "0.5", "0.25", "0.125", "1.0"],
+        ["seed_everything", "0", "1", "1", "0"],
+    ]
+    assert not list(study.parent.rglob("REPORT.md"))
+    assert main(["report", "learning_rate", "--against", "first", "--logs=."]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["learning_rate/lr_0.001-seed_0", "learning_rate/lr_0.001-seed_1"]
+    assert main(["report", "first", "--against", "third", "--logs=."]) == 2
+    assert "no runs in third: make some with `python -m lm fit`" in capsys.readouterr().err
 
 
 def test_no_runs_is_one_clear_line(tmp_path: Path) -> None:
