@@ -201,15 +201,12 @@ class MatrixProduct:
         return 2 * self.rows * self.inner * self.columns * self.count
 
 
-def matrix_products(
-    config: TransformerConfig, batch_size: int = 1, context_length: int | None = None
-) -> list[MatrixProduct]:
+def matrix_products(config: TransformerConfig, batch_size: int = 1) -> list[MatrixProduct]:
     """The matrix products of one forward pass, in the order they happen.
 
     Attention is counted in full, as is usual for the MFU, though half of the scores are masked and some not computed.
     """
-    t = config.context_length if context_length is None else context_length
-    d, f, layers = config.d_model, config.d_ff, config.num_layers
+    t, d, f, layers = config.context_length, config.d_model, config.d_ff, config.num_layers
     tokens, heads = batch_size * t, batch_size * config.num_heads
     products = [
         MatrixProduct("query, key, value", "(BT × d) @ (d × 3d)", tokens, d, 3 * d, layers),
@@ -229,19 +226,18 @@ def matrix_products(
     return products
 
 
-def forward_flops(config: TransformerConfig, batch_size: int = 1, context_length: int | None = None) -> int:
+def forward_flops(config: TransformerConfig, batch_size: int = 1) -> int:
     """FLOPs of the matrix products of one forward pass."""
-    return sum(product.flops for product in matrix_products(config, batch_size, context_length))
+    return sum(product.flops for product in matrix_products(config, batch_size))
 
 
-def flops_per_token(config: TransformerConfig, context_length: int | None = None) -> float:
+def flops_per_token(config: TransformerConfig) -> float:
     """FLOPs of forward and backward per token of training, the numerator of the MFU.
 
     The backward pass has two products for each one of the forward pass. What activation checkpointing computes again
     is not counted: it is no progress.
     """
-    t = config.context_length if context_length is None else context_length
-    return 3 * forward_flops(config, 1, t) / t
+    return 3 * forward_flops(config) / config.context_length
 
 
 def adamw_flops(config: TransformerConfig) -> int:
@@ -270,7 +266,6 @@ class Memory:
 def kept_by_block(
     config: TransformerConfig,
     batch_size: int = 1,
-    context_length: int | None = None,
     precision: Precision = "32-true",
     device_type: DeviceType = "cpu",
 ) -> list[Memory]:
@@ -278,8 +273,7 @@ def kept_by_block(
 
     A compiled step keeps less: the compiler computes cheap things twice.
     """
-    t = config.context_length if context_length is None else context_length
-    d, f, heads = config.d_model, config.d_ff, config.num_heads
+    t, d, f, heads = config.context_length, config.d_model, config.d_ff, config.num_heads
     tokens = batch_size * t
     _, narrow = _bytes(precision)
     normed = 0 if config.norm == "none" else 2
@@ -313,7 +307,6 @@ def kept_by_block(
 def activations(
     config: TransformerConfig,
     batch_size: int = 1,
-    context_length: int | None = None,
     precision: Precision = "32-true",
     device_type: DeviceType = "cpu",
 ) -> list[Memory]:
@@ -322,14 +315,13 @@ def activations(
     With activation checkpointing, the inputs of all blocks and the inside of the one that is being computed again. The
     loss keeps no logits but the gradient of its input (`lm.functional.linear_cross_entropy`).
     """
-    t = config.context_length if context_length is None else context_length
-    tokens, d, layers = batch_size * t, config.d_model, config.num_layers
+    tokens, d, layers = batch_size * config.context_length, config.d_model, config.num_layers
     _, narrow = _bytes(precision)
     parts = []
     if config.activation_checkpointing:
         parts.append(Memory("inputs of the blocks", "L·BTd", layers * tokens * d, narrow))
         layers = 1
-    for part in kept_by_block(config, batch_size, context_length, precision, device_type):
+    for part in kept_by_block(config, batch_size, precision, device_type):
         formula = part.formula if config.activation_checkpointing else f"L·{part.formula}"
         parts.append(dataclasses.replace(part, formula=formula, num_elements=layers * part.num_elements))
     parts.append(Memory("last residual stream and its gradient", "2·BTd", 2 * tokens * d, narrow))
@@ -339,7 +331,6 @@ def activations(
 def training_memory(
     config: TransformerConfig,
     batch_size: int = 1,
-    context_length: int | None = None,
     precision: Precision = "32-true",
     device_type: DeviceType = "cpu",
 ) -> list[Memory]:
@@ -352,14 +343,13 @@ def training_memory(
         Memory("parameters", "P", n, size),
         Memory("gradients", "P", n, size),
         Memory("AdamW's two moments", "2·P", 2 * n, size),
-        *activations(config, batch_size, context_length, precision, device_type),
+        *activations(config, batch_size, precision, device_type),
     ]
 
 
 def training_memory_bytes(
     config: TransformerConfig,
     batch_size: int = 1,
-    context_length: int | None = None,
     precision: Precision = "32-true",
     device_type: DeviceType = "cpu",
 ) -> int:
@@ -368,13 +358,13 @@ def training_memory_bytes(
     The loss, with its logits; the backward pass through the top block; that through the bottom block, when most
     gradients are there; the update, with all of them. Run eagerly; a compiled step needs less.
     """
-    t = config.context_length if context_length is None else context_length
-    tokens, d, f = batch_size * t, config.d_model, config.d_ff
+    t, d, f = config.context_length, config.d_model, config.d_ff
+    tokens = batch_size * t
     wide, narrow = _bytes(precision)
     stream, head, everything = tokens * d * narrow, config.vocab_size * d * wide, num_parameters(config) * wide
     block_gradients = _block_parameters(config) * wide
-    kept = [part.num_bytes for part in activations(config, batch_size, context_length, precision, device_type)]
-    block = sum(part.num_bytes for part in kept_by_block(config, batch_size, context_length, precision, device_type))
+    kept = [part.num_bytes for part in activations(config, batch_size, precision, device_type)]
+    block = sum(part.num_bytes for part in kept_by_block(config, batch_size, precision, device_type))
 
     rows = min(tokens, max(1, LOGITS // config.vocab_size))
     logits = rows * config.vocab_size * (4 if precision == "32-true" else 6)
@@ -416,7 +406,6 @@ def _block_parameters(config: TransformerConfig) -> int:
 def largest_batch(
     config: TransformerConfig,
     memory_bytes: float | int,
-    context_length: int | None = None,
     precision: Precision = "32-true",
     device_type: DeviceType = "cpu",
 ) -> int:
@@ -424,7 +413,7 @@ def largest_batch(
     largest = 0
     bit = 1 << 40
     while bit:
-        if training_memory_bytes(config, largest + bit, context_length, precision, device_type) <= memory_bytes:
+        if training_memory_bytes(config, largest + bit, precision, device_type) <= memory_bytes:
             largest += bit
         bit >>= 1
     return largest
@@ -538,8 +527,7 @@ def account(
     seconds = training_seconds(config, num_tokens, peak, mfu) if num_tokens and peak else None
     large = 1 << 20  # far beyond the batches that are so small that the update takes the most memory
     memory, smallest, at_large, one_more = (
-        training_memory_bytes(config, size, precision=precision, device_type=device_type)
-        for size in (batch_size, 1, large, large + 1)
+        training_memory_bytes(config, size, precision, device_type) for size in (batch_size, 1, large, large + 1)
     )
     return {
         "config": asdict(config),
@@ -557,14 +545,14 @@ def account(
         "adamw_flops": adamw_flops(config),
         "memory": [
             {**asdict(part), "num_bytes": part.num_bytes}
-            for part in training_memory(config, batch_size, precision=precision, device_type=device_type)
+            for part in training_memory(config, batch_size, precision, device_type)
         ],
         "memory_bytes": memory,
         "memory_bytes_per_sequence": one_more - at_large,
         "memory_bytes_fixed": at_large - large * (one_more - at_large),
         "memory_bytes_at_least": smallest,
         "memory_gb": memory_gb,
-        "largest_batch": largest_batch(config, memory_gb * 1e9, precision=precision, device_type=device_type),
+        "largest_batch": largest_batch(config, memory_gb * 1e9, precision, device_type),
         "device": device,
         "device_type": device_type,
         "dtype": dtype,

@@ -476,7 +476,7 @@ def header(trainer: Trainer, module: LanguageModel, control: RunControl) -> str:
     parameters, flops = num_parameters(config), flops_per_token(config)
     device = device_name(trainer.strategy.root_device)
     kind: DeviceType = "cuda" if trainer.strategy.root_device.type == "cuda" else "cpu"
-    memory = training_memory_bytes(config, data.batch_size, data.context_length, memory_precision(trainer), kind)
+    memory = training_memory_bytes(config, data.batch_size, memory_precision(trainer), kind)
     length = f"{trainer.max_steps:,} steps" if trainer.max_steps > 0 else "steps"
     if control.config.max_minutes is not None:
         length += f" or {duration(60 * control.config.max_minutes)}"

@@ -167,9 +167,7 @@ def compare_memory(setting: Setting, device: torch.device, rivals: list[Entrant]
 def predicted_memory(setting: Setting, device: torch.device) -> int:
     """By `lm.accounting`, for an eager step."""
     kind: accounting.DeviceType = "cuda" if device.type == "cuda" else "cpu"
-    return accounting.training_memory_bytes(
-        setting.model, setting.batch_size, precision=setting.precision, device_type=kind
-    )
+    return accounting.training_memory_bytes(setting.model, setting.batch_size, setting.precision, kind)
 
 
 def compare_curves(setting: Setting, device: torch.device, rivals: list[Entrant], keep: Keep) -> dict[str, Any]:
@@ -270,7 +268,7 @@ def least_bytes(setting: Setting) -> int:
     all but the gradient.
     """
     model = dataclasses.replace(setting.model, attention="fused")
-    kept = accounting.activations(model, setting.batch_size, precision=setting.precision)
+    kept = accounting.activations(model, setting.batch_size, setting.precision)
     width = 4 if setting.precision == "32-true" else 2
     return 2 * sum(part.num_bytes for part in kept) + accounting.num_parameters(model) * (2 * width + 4 + 28)
 
