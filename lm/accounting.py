@@ -505,13 +505,13 @@ def training_seconds(config: TransformerConfig, num_tokens: float | int, peak: f
 
 def account(
     config: TransformerConfig,
-    batch_size: int = 1,
-    precision: Precision = "32-true",
-    device: str = "H100",
-    dtype: Dtype = "tf32",
-    memory_gb: float | int = 80,
-    mfu: float | int = 0.5,
-    num_tokens: float | int | None = None,
+    batch_size: int,
+    precision: Precision,
+    device: str,
+    dtype: Dtype,
+    memory_gb: float | int,
+    mfu: float | int,
+    num_tokens: float | int,
 ) -> dict[str, Any]:
     """All figures of one model, as plain values; arguments as of `run`.
 
@@ -519,12 +519,12 @@ def account(
         ValueError: a number that must be positive is not.
     """
     for name, value in (("batch_size", batch_size), ("memory_gb", memory_gb), ("num_tokens", num_tokens)):
-        if value is not None and not value > 0:
+        if not value > 0:
             raise ValueError(f"{name}={value} must be positive")
     forward = forward_flops(config, batch_size)
     peak = peak_flops(device, dtype)
     device_type = device_type_of(device)
-    seconds = training_seconds(config, num_tokens, peak, mfu) if num_tokens and peak else None
+    seconds = training_seconds(config, num_tokens, peak, mfu) if peak else None
     large = 1 << 20  # far beyond the batches that are so small that the update takes the most memory
     memory, smallest, at_large, one_more = (
         training_memory_bytes(config, size, precision, device_type) for size in (batch_size, 1, large, large + 1)

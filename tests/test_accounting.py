@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,10 +195,12 @@ def test_page_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_memory_does_not_depend_on_whether_the_peak_is_known() -> None:
     config = named_config("gpt2-medium")
-    pages = [accounting.account(config, 8, device=device) for device in ("H100", "V100", "RTX 5080")]
-    assert [page["peak_flops"] is None for page in pages] == [False, True, True]
-    assert len({page["memory_bytes"] for page in pages}) == 1
-    assert accounting.account(config, 8, device="cpu")["memory_bytes"] < pages[0]["memory_bytes"]
+    options: dict[str, Any] = {"dtype": "tf32", "memory_gb": 80, "mfu": 0.5, "num_tokens": 1e9}
+    h100, v100, rtx, cpu = (
+        accounting.account(config, 8, "32-true", device, **options) for device in ("H100", "V100", "RTX 5080", "cpu")
+    )
+    assert [page["peak_flops"] is None for page in (h100, v100, rtx)] == [False, True, True]
+    assert cpu["memory_bytes"] < h100["memory_bytes"] == v100["memory_bytes"] == rtx["memory_bytes"]
 
 
 @pytest.mark.parametrize(
