@@ -241,7 +241,7 @@ def flops_per_token(config: TransformerConfig) -> float:
 
 
 def adamw_flops(config: TransformerConfig) -> int:
-    """FLOPs of one AdamW update: 14 per parameter."""
+    """FLOPs of one AdamW update."""
     return ADAMW_FLOPS_PER_PARAMETER * num_parameters(config)
 
 
@@ -642,7 +642,7 @@ def _print_page(name: str, page: dict[str, Any]) -> None:
     console.print(_table(title, ["product", "shapes", "number", "FLOPs", "share"], products))
     console.print(
         f"forward and backward {page['forward_backward_flops']:.4g}, {page['flops_per_token']:.4g} per token; "
-        f"one AdamW update {page['adamw_flops']:.4g} (14 per parameter)\n"
+        f"one AdamW update {page['adamw_flops']:.4g} ({ADAMW_FLOPS_PER_PARAMETER} per parameter)\n"
     )
 
     memory = [
