@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from lm import default_config
 from lm.gradients import HEADS, LOGITS, QUERIES
 from lm.model import Attention, TransformerConfig
@@ -477,6 +479,19 @@ def peak_flops(device_name: str, dtype: Dtype = "bfloat16") -> float | None:
     column = {"float32": 1, "tf32": 2, "bfloat16": 3, "float16": 4}[dtype]
     row = next((row for row in _PEAK_TFLOPS if _words(row[0]) <= words), None)
     return float(row[column]) * 1e12 or None if row else None
+
+
+def matmul_dtype(precision: str) -> Dtype:
+    """What the matrix products are computed in, in this process, at a precision of the Trainer's.
+
+    >>> matmul_dtype("bf16-mixed"), matmul_dtype("16-true")
+    ('bfloat16', 'float16')
+    """
+    if precision.startswith("bf16"):
+        return "bfloat16"
+    if precision.startswith("16"):
+        return "float16"
+    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def device_type_of(device_name: str) -> DeviceType:

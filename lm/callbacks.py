@@ -18,7 +18,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lm.accounting import DeviceType, flops_per_token, num_parameters, peak_flops, training_memory_bytes
+from lm.accounting import (
+    DeviceType,
+    flops_per_token,
+    matmul_dtype,
+    num_parameters,
+    peak_flops,
+    training_memory_bytes,
+)
 from lm.control import RunControl, Stopped
 from lm.device import device_name, matmul_flops
 from lm.generate import END_OF_TEXT, Sampling, generate
@@ -180,16 +187,6 @@ def json_line(row: dict[str, float | int]) -> bytes:
     """
     finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
     return (json.dumps(finite) + "\n").encode()
-
-
-def matmul_dtype(trainer: Trainer) -> Any:
-    """What the matrix products are computed in, in the words of `accounting.peak_flops`."""
-    precision = str(trainer.precision)
-    if precision.startswith("bf16"):
-        return "bfloat16"
-    if precision.startswith("16"):
-        return "float16"
-    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 # ------------------------------------------------------------------------------------------------------------ showing
@@ -508,4 +505,5 @@ def memory_precision(trainer: Trainer) -> Any:
 def device_flops(trainer: Trainer) -> float:
     """The device's peak in FLOP/s; where no data sheet is known, what it does in a product that is timed here."""
     device = trainer.strategy.root_device
-    return peak_flops(device_name(device), matmul_dtype(trainer)) or matmul_flops(device, torch.float32, size=768)
+    peak = peak_flops(device_name(device), matmul_dtype(str(trainer.precision)))
+    return peak or matmul_flops(device, torch.float32, size=768)

@@ -118,10 +118,7 @@ def speeds(
 
     Tokens per second, MFU, share of `matmul` FLOP/s, and where builtin has been measured, the ratio to it.
     """
-    dtype: accounting.Dtype = "bfloat16"
-    if setting.precision == "32-true":
-        dtype = "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    sheet = accounting.peak_flops(device_name(device), dtype)
+    sheet = accounting.peak_flops(device_name(device), accounting.matmul_dtype(setting.precision))
     tokens_per_round = setting.batch_size * setting.model.context_length * setting.steps
     results: dict[str, dict[str, Any]] = {}
     for name in rounds[0]:
