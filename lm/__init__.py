@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+VOCAB_SIZES = {"builtin": 2048, "tinystories": 10_000, "owt": 32_000}  # of each corpus, unless said otherwise
+
 
 def default_config() -> Path:
     """The configuration below every fit's own: beside the package in a checkout, within it where it is installed."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from lm import default_config
+from lm import VOCAB_SIZES, default_config
 from lm.gradients import HEADS, LOGITS, QUERIES
 from lm.model import Attention, TransformerConfig
 
@@ -36,7 +36,6 @@ _GPT2 = {
 }
 FIT_KEYS = {"seed_everything", "trainer", "model", "data", "run", "resume"}
 FIT_KEYS |= {"matmul_precision", "ckpt_path", "weights_only"}
-_VOCAB_SIZES = {"builtin": 2048, "tinystories": 10_000, "owt": 32_000}
 
 ADAMW_FLOPS_PER_PARAMETER = 14  # decay 2, first moment 3, second moment 4, update 5 (root, + eps, ÷, · lr, −)
 
@@ -59,7 +58,7 @@ def named_config(name: str, rules: Rules = "2026") -> TransformerConfig:
         return TransformerConfig(50_257, 1024, num_layers, num_heads, d_model, d_ff)
     if name in ("tinystories", "owt"):
         return TransformerConfig(
-            _VOCAB_SIZES[name], context_length=256, num_layers=4, num_heads=16, d_model=512, d_ff=1344
+            VOCAB_SIZES[name], context_length=256, num_layers=4, num_heads=16, d_model=512, d_ff=1344
         )
     raise ValueError(f"{name!r} is no model's name: choose from {', '.join(_GPT2)}, tinystories, owt, or a YAML file")
 
@@ -85,14 +84,14 @@ def config_from_yaml(*paths: Path) -> TransformerConfig:
         unknown = model.keys() - {field.name for field in dataclasses.fields(TransformerConfig)}
         if unknown:
             raise ValueError(f"{path}: model.transformer has no {', '.join(sorted(unknown))}")
-        if data["corpus"] not in _VOCAB_SIZES:
-            raise ValueError(f"{path}: data.corpus={data['corpus']!r} must be one of {', '.join(_VOCAB_SIZES)}")
+        if data["corpus"] not in VOCAB_SIZES:
+            raise ValueError(f"{path}: data.corpus={data['corpus']!r} must be one of {', '.join(VOCAB_SIZES)}")
     if data.get("directory"):
         data |= json_format.loads((Path(data["directory"]) / "meta.json").read_text())
     elif data.get("vocab_size") is None and data.get("train_text"):
         raise ValueError(f"{path}: the vocabulary of data.train_text goes by its size: give data.vocab_size, too")
     elif data.get("vocab_size") is None:
-        data["vocab_size"] = _VOCAB_SIZES[data["corpus"]]
+        data["vocab_size"] = VOCAB_SIZES[data["corpus"]]
     return TransformerConfig(**model | {name: data[name] for name in ("vocab_size", "context_length")})
 
 

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lm import grammar
+from lm import VOCAB_SIZES, grammar
 from lm.download import decompress, download
 from tokenizer.bpe import Tokenizer
 from tokenizer.chunks import InvalidTextError
@@ -87,7 +87,6 @@ SOURCES = {
     },
 }
 CORPORA = ("builtin", *SOURCES)
-VOCAB_SIZES = {"builtin": 2048, "tinystories": 10_000, "owt": 32_000}
 OWN_VOCAB_SIZES = ((1_000_000, 1024), (20_000_000, 4096), (500_000_000, 10_000))  # up to so many bytes of text
 
 

@@ -17,7 +17,6 @@ from lm.device import peak_memory
 from lm.functional import cross_entropy
 from lm.model import TransformerConfig, TransformerLM
 from lm.optim import AdamW, clip_gradients
-from lm.prepare import VOCAB_SIZES
 
 SMALL = TransformerConfig(vocab_size=300, context_length=32, num_layers=3, num_heads=4, d_model=48, d_ff=128)
 VARIANTS = [
@@ -263,7 +262,3 @@ def test_a_file_of_no_settings_is_named(content: str, message: str, tmp_path: Pa
     (path := tmp_path / "bad.yaml").write_text(content)
     with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
         accounting.run(str(path), memory_gb=80.0)
-
-
-def test_vocabularies_are_those_of_the_data() -> None:
-    assert accounting._VOCAB_SIZES == VOCAB_SIZES

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from toy import disk_calls, flushed_before_it_was_named
 
-from lm import grammar
+from lm import VOCAB_SIZES, grammar
 from lm import prepare as module
 from lm.__main__ import main
 from lm.prepare import dataset_name, default_vocab_size, hold_out, prepare, run
@@ -319,7 +319,7 @@ def test_sources_are_whole():
 
 
 def test_vocabulary_sizes(tmp_path):
-    assert [default_vocab_size(corpus) for corpus in module.CORPORA] == list(module.VOCAB_SIZES.values())
+    assert [default_vocab_size(corpus) for corpus in module.CORPORA] == list(VOCAB_SIZES.values())
     assert default_vocab_size(None, own_text(tmp_path)) == 1024
     with open(tmp_path / "big.txt", "wb") as file:
         file.truncate(3_000_000_000)
