@@ -3,6 +3,7 @@
 from pathlib import Path
 
 VOCAB_SIZES = {"builtin": 2048, "tinystories": 10_000, "owt": 32_000}  # of each corpus, unless said otherwise
+DIVERGED_EXIT_CODE = 3  # of a run whose loss was no longer finite
 
 
 def default_config() -> Path:

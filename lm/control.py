@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lm import DIVERGED_EXIT_CODE
 from lm.accounting import num_parameters
 from lm.checkpoint import (
     check_folder,
@@ -31,7 +32,6 @@ from lm.module import LanguageModel
 from lm.options import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-DIVERGED_EXIT_CODE = 3
 
 
 @dataclass(frozen=True)

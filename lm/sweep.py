@@ -36,7 +36,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
-from lm import default_config
+from lm import DIVERGED_EXIT_CODE, default_config
 from lm.accounting import read_settings
 from lm.checkpoint import InUseError, lock_run, newest_config
 from lm.report import by_version, flatten
@@ -50,7 +50,6 @@ RUN_KINDS: dict[str, type] = {"name": str, "configs": list, "settings": dict, "s
 KIND_NAMES: dict[type, str] = {str: "a text", list: "a list, [a, b]", dict: "a mapping, {name: value}"}
 TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz")
 DONE = ("finished", "diverged")  # a divergence is a result
-DIVERGED_EXIT_CODE = 3
 RESOLVED = ("data.vocab_size", "data.train_text", "data.valid_text")  # config.yaml has the folder made of them instead
 
 
