@@ -279,6 +279,32 @@ def copy_twin(run: PlannedRun, logs: str) -> dict[str, Any] | None:
     return None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run: what is told of it, and whether it is to be run again."""
+
+    told: str
+    failed: bool
+
+
+def make(run: PlannedRun, logs: str, device: str | None, threads: int | None) -> Outcome:
+    """Make a run or copy it, unless another sweep does or has done meanwhile; arguments as of `execute`."""
+    folder = Path(logs, run.study, run.name)
+    try:
+        with lock_run(folder) as lock:
+            if run.meets_another(logs):
+                return Outcome("another sweep has begun another experiment there meanwhile", failed=True)
+            if run.status(logs) in DONE:
+                return Outcome("made by another sweep meanwhile", failed=False)
+            record = copy_twin(run, logs) or execute(run, logs, device, threads, lock)
+            write_record(folder, record)
+    except InUseError as error:
+        return Outcome(f"left to {error.holder}, which makes it just now", failed=run.meets_another(logs))
+    copied = f", copied from {record['copied_from']}" if "copied_from" in record else ""
+    told = f"{record['status']} in {record['seconds']:.0f} s{copied}"
+    return Outcome(told, failed=record["status"] not in DONE)
+
+
 def clash(runs: list[PlannedRun], logs: str, scale: str | None) -> str | None:
     """What is to be said if folders of `runs` hold other experiments; None if none does."""
     others = [run for run in runs if run.meets_another(logs)]
@@ -336,37 +362,20 @@ def sweep(
     for device in [name.strip() for name in devices.split(",")] if devices else [None] * jobs:
         slots.put(device)
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
-    failed = []
 
-    def work(run: PlannedRun) -> tuple[PlannedRun, dict[str, Any] | str]:
-        folder = Path(logs, run.study, run.name)
+    def make_in_a_slot(run: PlannedRun) -> Outcome:
         device = slots.get()
         try:
-            with lock_run(folder) as lock:
-                if run.meets_another(logs):
-                    return run, "another sweep has begun another experiment there meanwhile"
-                if run.status(logs) in DONE:
-                    return run, "made by another sweep meanwhile"
-                record = copy_twin(run, logs) or execute(run, logs, device, threads, lock)
-                write_record(folder, record)
-                return run, record
-        except InUseError as error:
-            return run, f"left to {error.holder}, which makes it just now"
+            return make(run, logs, device, threads)
         finally:
             slots.put(device)
 
+    failed = []
     with ThreadPoolExecutor(slots.qsize()) as pool:
-        for run, record in pool.map(work, waiting):
-            if isinstance(record, str):
-                print(f"{run.study}/{run.name}: {record}", flush=True)
-                failed += [run] if run.meets_another(logs) else []
-                continue
-            copied = f", copied from {record['copied_from']}" if "copied_from" in record else ""
-            print(f"{run.study}/{run.name}: {record['status']} in {record['seconds']:.0f} s{copied}", flush=True)
-            if record["status"] not in DONE:
-                failed.append(run)
+        for run, outcome in zip(waiting, pool.map(make_in_a_slot, waiting), strict=True):
+            print(f"{run.study}/{run.name}: {outcome.told}", flush=True)
+            failed += [f"{run.study}/{run.name}"] if outcome.failed else []
     if failed:
-        names = ", ".join(f"{run.study}/{run.name}" for run in failed)
         raise SystemExit(
-            f"{len(failed)} of {len(runs)} runs failed: {names} (see output.txt there; run again to retry)"
+            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)} (see output.txt there; run again to retry)"
         )
