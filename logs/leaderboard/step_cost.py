@@ -15,22 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from lm import default_config
 from lm.model import TransformerConfig, TransformerLM
 from lm.module import OptimizerConfig
 from lm.optim import clip_gradients
-from lm.report import flatten
-from lm.sweep import PlannedRun, plan
-
-
-def settings_of(run: PlannedRun) -> dict[str, Any]:
-    """All settings of a run by their dotted names, as its command line merges them."""
-    merged: dict[str, Any] = {}
-    for config in (default_config(), *run.configs):
-        merged |= flatten(yaml.safe_load(Path(config).read_text()) or {})
-    return merged | dict(run.settings)
+from lm.sweep import plan
 
 
 def section(settings: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -68,7 +57,7 @@ def main(pairs: str = "40", sweep: str = "configs/sweeps/leaderboard.yaml") -> N
     """Print a line per run of the sweep's first seed."""
     torch.set_num_threads(1)
     runs = [run for run in plan(Path(sweep), "cpu") if run.name.endswith("seed_0")]
-    settings = {run.name.removesuffix("-seed_0"): settings_of(run) for run in runs}
+    settings = {run.name.removesuffix("-seed_0"): run.merged for run in runs}
     [base] = make_steps(next(iter(settings.values())))
     for name, own in settings.items():
         ratios = []
