@@ -33,8 +33,6 @@ BOOKKEEPING = (
     "trainer.callbacks",
     "trainer.enable",
     "run.",
-    "resume",
-    "ckpt",
 )
 
 
