@@ -220,54 +220,88 @@ def sample_batch(
         ValueError: there is no prompt or an empty one, ids are beyond the vocabulary, or a number is below 1; while it
             writes, the model's logits are not finite.
     """
-    vocab_size, device = model.config.vocab_size, model.token_embeddings.weight.device
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1")
-    if not prompts:
-        raise ValueError("prompts is empty: give at least one")
-    if not all(prompts):
-        raise ValueError("prompt_ids is empty: start with the token of <|endoftext|>")
-    for token_id in (*chain.from_iterable(prompts), *forced_ids):
-        if not 0 <= token_id < vocab_size:
-            raise ValueError(f"token id {token_id} is not in [0, vocab_size={vocab_size}): is it another tokenizer's?")
+    check_prompts(prompts, forced_ids, model.config.vocab_size)
+    device = model.token_embeddings.weight.device
 
     def steps() -> Iterator[list[Sample]]:
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
         generators = [torch.Generator(device).manual_seed(sampling.seed + i % num_samples) for i in range(len(rows))]
         samples = [Sample() for _ in rows]
-        longest = max(map(len, rows))
+        longest, given = max(map(len, rows)), len(forced_ids)
         padding = [longest - len(prompt) for prompt in rows]
         decoder = Decoder(model, len(rows), padding=padding, compile=compile)
-        given = longest + len(forced_ids)
-        length = longest + max(sampling.max_new_tokens, len(forced_ids))
-        text = torch.zeros(len(rows), length, dtype=torch.int64, device=device)
-        padded = [[*[0] * before, *prompt, *forced_ids] for before, prompt in zip(padding, rows, strict=True)]
-        text[:, :given] = torch.tensor(padded, device=device)
+        length = longest + max(sampling.max_new_tokens, given)
+        text = lay_out(rows, padding, forced_ids, length, device)
         barred = torch.tensor(barred_ids, dtype=torch.int64, device=device)
         for end in range(longest, length):
             logits = decoder.next_logits(text[:, :end]).float()
-            if end >= given:
+            if end >= longest + given:
                 allowed = logits.index_fill(-1, barred, -math.inf) if len(barred) else logits
                 text[:, end] = draw(sampling.probabilities(allowed), generators)
-            drawn = text[:, end]
-            log_normalisers = logits.logsumexp(dim=-1, keepdim=True)
-            log_probabilities = (logits.gather(-1, drawn[:, None]) - log_normalisers)[:, 0].tolist()
-            if not all(map(math.isfinite, log_probabilities)):
-                raise ValueError("the model's logits are not finite: its weights have diverged")
-            best = logits.topk(min(num_alternatives, vocab_size))
-            best_ids, best_log_probabilities = best.indices.tolist(), (best.values - log_normalisers).tolist()
-            for i, (sample, token_id) in enumerate(zip(samples, drawn.tolist(), strict=True)):
-                if token_id == stop_id:
-                    sample.finished = True
-                elif not sample.finished:
-                    sample.token_ids.append(token_id)
-                    sample.log_probabilities.append(log_probabilities[i])
-                    sample.alternatives.append(list(zip(best_ids[i], best_log_probabilities[i], strict=True)))
+            extend(samples, text[:, end], logits, stop_id, num_alternatives)
             yield samples
             if all(sample.finished for sample in samples):
                 return
 
     return steps()
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], forced_ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse what no model of this vocabulary can continue.
+
+    Raises:
+        ValueError: there is no prompt or an empty one, or an id is beyond the vocabulary.
+    """
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one")
+    if not all(prompts):
+        raise ValueError("a prompt is empty: start with the token of <|endoftext|>")
+    for token_id in (*chain.from_iterable(prompts), *forced_ids):
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"token id {token_id} is not in [0, vocab_size={vocab_size}): is it another tokenizer's?")
+
+
+def lay_out(
+    prompts: Sequence[Sequence[int]],
+    padding: Sequence[int],
+    forced_ids: Sequence[int],
+    length: int,
+    device: torch.device,
+) -> Int[Tensor, "batch length"]:
+    """Rows of `length` tokens, to be filled: the padding before each prompt, the prompt, the forced tokens, zeros."""
+    padded = [[*[0] * before, *prompt, *forced_ids] for before, prompt in zip(padding, prompts, strict=True)]
+    text = torch.zeros(len(padded), length, dtype=torch.int64, device=device)
+    text[:, : len(padded[0])] = torch.tensor(padded, device=device)
+    return text
+
+
+def extend(
+    samples: Sequence[Sample],
+    drawn: Int[Tensor, " batch"],
+    logits: Float[Tensor, "batch vocab"],
+    stop_id: int | None,
+    num_alternatives: int,
+) -> None:
+    """Add the drawn token, with what the logits say of it and of others, to each sample that has not ended.
+
+    Raises:
+        ValueError: the logits are not finite.
+    """
+    log_normalisers = logits.logsumexp(dim=-1, keepdim=True)
+    log_probabilities = (logits.gather(-1, drawn[:, None]) - log_normalisers)[:, 0].tolist()
+    if not all(map(math.isfinite, log_probabilities)):
+        raise ValueError("the model's logits are not finite: its weights have diverged")
+    best = logits.topk(min(num_alternatives, logits.shape[-1]))
+    best_ids, best_log_probabilities = best.indices.tolist(), (best.values - log_normalisers).tolist()
+    for i, (sample, token_id) in enumerate(zip(samples, drawn.tolist(), strict=True)):
+        if token_id == stop_id:
+            sample.finished = True
+        elif not sample.finished:
+            sample.token_ids.append(token_id)
+            sample.log_probabilities.append(log_probabilities[i])
+            sample.alternatives.append(list(zip(best_ids[i], best_log_probabilities[i], strict=True)))
 
 
 def draw(probabilities: Float[Tensor, "batch vocab"], generators: Sequence[torch.Generator]) -> Int[Tensor, " batch"]:

@@ -276,7 +276,7 @@ def test_stops_at_the_end_of_text_of_each_sample() -> None:
 
 
 def test_prompt_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="prompt_ids is empty"):
+    with pytest.raises(ValueError, match="a prompt is empty"):
         sample_tokens(make_model(), [])
     with pytest.raises(ValueError, match="vocab_size=257"):
         sample_tokens(make_model(), [257])
