@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from lm.generate import Sampling, Timed, decode_steps, describe, load, sample_texts
+from lm.generate import Sample, Sampling, Timed, decode_steps, describe, load, sample_texts
 from lm.model import TransformerLM
 from tokenizer import Tokenizer
 
@@ -60,18 +60,7 @@ def run(
     if interactive:
         Session(model, loaded, sampling, describe(model, info), compile).run()
         return
-    if prompts is not None:
-        try:
-            lines = prompts.read_text(encoding="utf-8")  # which makes every line end \n
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{prompts} is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from None
-        if not lines:
-            raise ValueError(f"{prompts} is empty: write one prompt a line")
-        texts = lines.removesuffix("\n").split("\n")  # splitlines() would cut within a prompt too, at U+2028 and others
-    elif prompt is None:
-        texts = ["" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")]
-    else:
-        texts = [prompt]
+    texts = read_prompts(prompt, prompts)
     steps = Timed(sample_texts(model, loaded, texts, sampling, num_samples, compile))
     if len(texts) == num_samples == 1 and not log_probabilities:
         print(texts[0], end="", flush=True)
@@ -80,17 +69,44 @@ def run(
         print()
     else:
         *_, samples = steps
-        for row, sample in enumerate(samples):
-            i, text = row % num_samples, texts[row // num_samples]
-            if len(samples) > 1:
-                whose = f"prompt {row // num_samples + 1}, " if len(texts) > 1 else ""
-                print(f"{'' if row == 0 else chr(10)}--- {whose}sample {i + 1} (seed {seed + i})")
-            if log_probabilities:
-                for token_id, log_probability in zip(sample.token_ids, sample.log_probabilities, strict=True):
-                    print(f"{token_id}\t{log_probability:.6f}\t{loaded.decode([token_id])!r}")
-            else:
-                print(text + loaded.decode(sample.token_ids))
+        print_samples(samples, texts, loaded, seed, log_probabilities)
     print(f"{steps}, seed {seed}", file=sys.stderr)
+
+
+def read_prompts(prompt: str | None, prompts: Path | None) -> list[str]:
+    """The lines of the file `prompts`; without one `prompt`, or else what stdin has; arguments as of `run`.
+
+    Raises:
+        ValueError: the file is empty or no UTF-8.
+    """
+    if prompts is not None:
+        try:
+            lines = prompts.read_text(encoding="utf-8")  # which makes every line end \n
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{prompts} is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from None
+        if not lines:
+            raise ValueError(f"{prompts} is empty: write one prompt a line")
+        return lines.removesuffix("\n").split("\n")  # splitlines() would cut within a prompt too, at U+2028 and others
+    if prompt is not None:
+        return [prompt]
+    return ["" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")]
+
+
+def print_samples(
+    samples: list[Sample], texts: list[str], tokenizer: Tokenizer, seed: int, log_probabilities: bool
+) -> None:
+    """Print each sample after its text, or its tokens with their probabilities; of several, say which it is."""
+    num_samples = len(samples) // len(texts)
+    for row, sample in enumerate(samples):
+        number, i = divmod(row, num_samples)
+        if len(samples) > 1:
+            whose = f"prompt {number + 1}, " if len(texts) > 1 else ""
+            print(f"{'' if row == 0 else chr(10)}--- {whose}sample {i + 1} (seed {seed + i})")
+        if log_probabilities:
+            for token_id, log_probability in zip(sample.token_ids, sample.log_probabilities, strict=True):
+                print(f"{token_id}\t{log_probability:.6f}\t{tokenizer.decode([token_id])!r}")
+        else:
+            print(texts[number] + tokenizer.decode(sample.token_ids))
 
 
 HELP = """\
