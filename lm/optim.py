@@ -18,6 +18,14 @@ LARGE = 2**20  # elements of a group's parameters from which on it pays to load 
 PIECE = 2**18  # elements that a thread takes at a time
 
 
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What a closure computes, with gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class SGD(Optimizer):
     """Gradient descent with the step lr / sqrt(t + 1): the toy of the handout's learning_rate_tuning problem.
 
@@ -35,10 +43,7 @@ class SGD(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters once; `closure`, if given, computes the loss and its gradients first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
@@ -102,10 +107,7 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters once; `closure`, if given, computes the loss and its gradients first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             self.update([param for param in group["params"] if param.grad is not None], group)
         return loss
@@ -140,19 +142,22 @@ class Row(NamedTuple):
     m: Tensor
     v: Tensor
 
+    def rate(self, beta1: float, beta2: float) -> float:
+        """lr_t in the docstring of `AdamW`."""
+        return self.lr * math.sqrt(1 - beta2**self.step) / (1 - beta1**self.step)
+
 
 def adamw_update(rows: list[Row], betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """One update of all rows in place, by the formulas in the docstring of `AdamW`."""
     beta1, beta2 = betas
     _, _, thetas, gradients, ms, vs = (list(column) for column in zip(*rows, strict=True))
-    rates = [row.lr * math.sqrt(1 - beta2**row.step) / (1 - beta1**row.step) for row in rows]
     torch._foreach_mul_(thetas, [1 - row.lr * weight_decay for row in rows])
     torch._foreach_lerp_(ms, gradients, 1 - beta1)
     torch._foreach_mul_(vs, beta2)
     torch._foreach_addcmul_(vs, gradients, gradients, 1 - beta2)
     denominators = torch._foreach_sqrt(vs)
     torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(thetas, ms, denominators, [-rate for rate in rates])
+    torch._foreach_addcdiv_(thetas, ms, denominators, [-row.rate(beta1, beta2) for row in rows])
 
 
 def fused_adamw_update(rows: list[Row], betas: tuple[float, float], eps: float, weight_decay: float) -> None:
@@ -171,7 +176,7 @@ def fused_adamw_update(rows: list[Row], betas: tuple[float, float], eps: float, 
         return numbers[value]
 
     decays = [on_device(1 - row.lr * weight_decay) for row in rows]
-    rates = [on_device(row.lr * math.sqrt(1 - beta2**row.step) / (1 - beta1**row.step)) for row in rows]
+    rates = [on_device(row.rate(beta1, beta2)) for row in rows]
     compiled_adamw_formula()(thetas, gradients, ms, vs, decays, rates, beta1, beta2, eps)
 
 
@@ -220,9 +225,9 @@ def compiled_adamw_update(rows: list[Row], betas: tuple[float, float], eps: floa
     update = compiled_update_elements()
     beta1, beta2 = betas
     pieces = []
-    for step, lr, *tensors in rows:
-        rate = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        numbers = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, rate)
+    for row in rows:
+        _, lr, *tensors = row
+        numbers = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, row.rate(beta1, beta2))
         arrays = [tensor.detach().contiguous().numpy().reshape(-1) for tensor in tensors]
         for start in range(0, arrays[0].size, PIECE):
             pieces.append((*(array[start : start + PIECE] for array in arrays), *numbers))
