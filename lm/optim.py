@@ -373,7 +373,7 @@ def orthogonalise_together(matrices: Float[Tensor, "batch rows columns"]) -> Flo
     return everything[: len(matrices)]
 
 
-def orthogonalise(matrices: Float[Tensor, "batch rows columns"], steps: int = 5) -> Float[Tensor, "batch rows columns"]:
+def orthogonalise(matrices: Float[Tensor, "batch rows columns"]) -> Float[Tensor, "batch rows columns"]:
     """Near U V^T for each matrix U S V^T: its singular values become 1, give or take 0.3.
 
     The Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X moves every singular value by the polynomial
@@ -385,7 +385,7 @@ def orthogonalise(matrices: Float[Tensor, "batch rows columns"], steps: int = 5)
     x = matrices.mT if rows > columns else matrices  # the smaller of the two products X X^T
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
     x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
-    for _ in range(steps):
+    for _ in range(5):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if rows > columns else x).to(matrices.dtype)

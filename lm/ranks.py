@@ -19,6 +19,7 @@ from lm.control import SIGNALS, Stopped
 from lm.options import say
 
 Ranks = Sequence["subprocess.Popen[bytes]"]  # those that this process has started: 1, 2, ...
+PATIENCE = 10.0  # seconds that a rank has to leave by itself
 
 
 def num_devices(devices: Any) -> int:
@@ -61,7 +62,7 @@ def make_strategy(trainer: Namespace, timeout: timedelta) -> Any:
 
 
 @contextlib.contextmanager
-def watched_ranks(patience: float = 10.0) -> Iterator[None]:
+def watched_ranks(patience: float = PATIENCE) -> Iterator[None]:
     """In here a rank that fails ends this process, even if that waits for it in a collective operation for ever.
 
     It has `patience` seconds to leave by itself and say why. Lightning's watcher, whose place ours takes, kills it
@@ -110,9 +111,9 @@ def failure(number: int, exit_code: int) -> Stopped:
     return Stopped("failed", 1, f"error: rank {number} ended with exit code {exit_code}; what it said stands above")
 
 
-def end_ranks(ranks: Ranks, patience: float = 10.0) -> None:
+def end_ranks(ranks: Ranks) -> None:
     """Wait for the ranks to end by themselves, then end them: in a collective operation one could hang for ever."""
-    limit = time.monotonic() + patience
+    limit = time.monotonic() + PATIENCE
     for rank in ranks:
         try:
             rank.wait(max(0.0, limit - time.monotonic()))
