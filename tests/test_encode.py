@@ -357,7 +357,7 @@ class TestInterruption:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(encode.ChunkReader, "_checked", interrupted)
+            patch.setattr(encode.ShardReader, "check", interrupted)
             encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy")
         assert (tmp_path / ".x.npy.journal").read_bytes() == journal
 

@@ -132,6 +132,17 @@ def test_chunks_cover_the_text_once_and_are_about_as_large_as_asked(tmp_path: Pa
     assert all(1000 <= len(piece) < 1010 for piece in pieces[:-1])
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_room_for_a_chunk_depends_on_its_length_not_on_where_it_lies(tmp_path: Path, suffix: str) -> None:
+    compress = gzip.compress if suffix else bytes
+    path = written(tmp_path, compress(b"It was a day. " * 5000), f"text.txt{suffix}")
+    reader = ChunkReader(path, [EOT], chunk_bytes=1000)
+    taken = list(iter(lambda: reader.take(np.empty(0, np.uint8)), None))
+    assert [number for number, _ in taken] == list(range(len(taken)))
+    assert taken[-1][1].offset > 60_000
+    assert max(len(chunk.text) for _, chunk in taken) < 1250
+
+
 def test_text_without_a_place_to_cut_is_one_chunk() -> None:
     finder = CutFinder([])
     assert finder.find("中文字\u3000\u3000中文字".encode(), 0, 24) is None
@@ -269,12 +280,12 @@ def test_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     script = f"""
 import sys, time
 from tokenizer import pretokenize, chunks
-original = chunks.ChunkReader._checked
+original = chunks.ChunkReader.check
 def slow(self, chunk):
     print("at work", flush=True)
     time.sleep(0.2)
     return original(self, chunk)
-chunks.ChunkReader._checked = slow
+chunks.ChunkReader.check = slow
 pretokenize.count_pretokens({str(path)!r}, [], num_threads=2, chunk_bytes=2000)
 """
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

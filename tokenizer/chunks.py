@@ -211,26 +211,34 @@ class ChunkReader:
         self.chunk_bytes = chunk_bytes
         self.lock = threading.Lock()
         self.stopped = False
-        self.bytes_handed_out = 0
+        self.num_chunks, self.bytes_handed_out = 0, 0
         self.current, self.offset = 0, 0  # the file and the place in it where the next chunk begins
 
     def chunks(self) -> Iterator[Chunk]:
         """Chunks that no other thread gets, until there are none left; each is valid until the next is asked for."""
         buffer = np.empty(0, np.uint8)
-        while True:
-            with self.lock:
-                piece = self._next_piece()
-                if piece is None:
-                    return
-                file, begin, end = piece
-                if len(buffer) < end - begin + PADDING:
-                    buffer = np.zeros(end - begin + end // 8 + PADDING, np.uint8)
-                if isinstance(file, CompressedFile):
-                    file.read_into(buffer[: end - begin], begin)
-                    file.forget(end)
-            if not isinstance(file, CompressedFile):
-                file.read_into(buffer[: end - begin], begin)
-            yield self._checked(Chunk(file.path, begin, end - begin, buffer))
+        while (taken := self.take(buffer)) is not None:
+            _, chunk = taken
+            buffer = chunk.text
+            yield self.check(chunk)
+
+    def take(self, buffer: NDArray[np.uint8]) -> tuple[int, Chunk] | None:
+        """Number and text of the next chunk, None at the end; uses `buffer` for it, if that is large enough."""
+        with self.lock:
+            piece = self._next_piece()
+            if piece is None:
+                return None
+            file, begin, end = piece
+            length, number = end - begin, self.num_chunks
+            self.num_chunks += 1
+            if len(buffer) < length + PADDING:
+                buffer = np.zeros(length + length // 8 + PADDING, np.uint8)  # also for a chunk that is a bit longer
+            if isinstance(file, CompressedFile):
+                file.read_into(buffer[:length], begin)
+                file.forget(end - self.finder.margin)  # what decides about a cut at `end`
+        if not isinstance(file, CompressedFile):
+            file.read_into(buffer[:length], begin)
+        return number, Chunk(file.path, begin, length, buffer)
 
     def _next_piece(self) -> tuple[PlainFile, int, int] | None:
         while self.current < len(self.files) and not self.stopped:
@@ -261,7 +269,8 @@ class ChunkReader:
             size *= 2
         return file.clip(first)
 
-    def _checked(self, chunk: Chunk) -> Chunk:
+    def check(self, chunk: Chunk) -> Chunk:
+        """`chunk` with valid UTF-8, or ValueError."""
         from tokenizer.kernels.scan import find_invalid_utf8
 
         path, offset, length, text = chunk

@@ -30,7 +30,6 @@ from tokenizer import files
 from tokenizer.bpe import BytesEncoder, Tokenizer
 from tokenizer.chunks import (
     PADDING,
-    Chunk,
     ChunkReader,
     CompressedFile,
     Errors,
@@ -193,11 +192,10 @@ def _encode_chunks(
 
 
 class ShardReader(ChunkReader):
-    """A `ChunkReader` that numbers its chunks, and can be held to one shard of the text."""
+    """A `ChunkReader` that can be held to one shard of the text."""
 
     def __init__(self, paths: list[Path], special_tokens: list[str], errors: Errors, shard: Shard | None) -> None:
         super().__init__(paths, special_tokens, errors, CHUNK_BYTES)
-        self.num_chunks = 0
         self.stop = (len(self.files), 0)  # the file, and the byte in it, after which the next cut ends the shard
         self.last: int | None = None  # that cut, once it is known
         if shard is not None:
@@ -240,28 +238,6 @@ class ShardReader(ChunkReader):
             self.last = self._first_cut(file, position)
         end = self.offset = min(end, self.last)
         return (file, begin, end) if begin < end else None
-
-    def take(self, buffer: NDArray[np.uint8]) -> tuple[int, Chunk] | None:
-        """Number and text of the next chunk, None at the end; uses `buffer` for it, if that is large enough."""
-        with self.lock:
-            piece = self._next_piece()
-            if piece is None:
-                return None
-            file, begin, end = piece
-            number = self.num_chunks
-            self.num_chunks += 1
-            if len(buffer) < end - begin + PADDING:
-                buffer = np.zeros(end - begin + PADDING, np.uint8)
-            if isinstance(file, CompressedFile):
-                file.read_into(buffer[: end - begin], begin)
-                file.forget(end - self.finder.margin)  # what decides about a cut at `end`
-        if not isinstance(file, CompressedFile):
-            file.read_into(buffer[: end - begin], begin)
-        return number, Chunk(file.path, begin, end - begin, buffer)
-
-    def check(self, chunk: Chunk) -> Chunk:
-        """`chunk` with valid UTF-8, or ValueError."""
-        return self._checked(chunk)
 
 
 @dataclasses.dataclass
