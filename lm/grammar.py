@@ -38,10 +38,10 @@ from dataclasses import dataclass, field
 from itertools import accumulate, combinations, product, takewhile
 from typing import TypeAlias
 
-from tokenizer.files import atomic_write
+from tokenizer.files import END_OF_TEXT, atomic_write
 
 LOOK_INTO = 4  # choices in a row that are looked into to tell the options of another choice apart
-SEPARATOR = "\n<|endoftext|>\n"
+SEPARATOR = f"\n{END_OF_TEXT}\n"
 """What follows every document of a corpus file. It is certain once a story has ended, so it costs no information."""
 
 

@@ -29,10 +29,10 @@ from lm.download import decompress, download
 from tokenizer.bpe import Tokenizer
 from tokenizer.chunks import InvalidTextError
 from tokenizer.encode import encode_files
-from tokenizer.files import atomic_write, write_json
+from tokenizer.files import END_OF_TEXT, atomic_write, write_json
 from tokenizer.train import train_bpe
 
-SPECIAL_TOKENS = ["<|endoftext|>"]
+SPECIAL_TOKENS = [END_OF_TEXT]
 SPLITS = ("train", "valid")
 
 BUILTIN_BYTES = {"train": 4_000_000, "valid": 200_000}
@@ -368,7 +368,7 @@ def _end_of_text(data: mmap.mmap, block: int = 1 << 16) -> int:
     end = len(data)
     while end:
         tail = data[max(end - block, 0) : end]
-        text = tail.rstrip().removesuffix(SPECIAL_TOKENS[0].encode())
+        text = tail.rstrip().removesuffix(END_OF_TEXT.encode())
         if len(text) == len(tail):
             break
         end -= len(tail) - len(text)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenizer.files import END_OF_TEXT
 from tokenizer.options import Parser, in_one_line
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def add_special_tokens(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--special_tokens",
         nargs="*",
-        default=["<|endoftext|>"],
+        default=[END_OF_TEXT],
         metavar="TOKEN",
         help="strings that are never cut; all words up to the next option",
     )
@@ -165,8 +166,8 @@ def load(path: str) -> "Tokenizer":
     from tokenizer.bpe import Tokenizer
 
     if path.endswith(".tiktoken"):
-        vocab, merges = files.read_tiktoken(path, ["<|endoftext|>"])
-        return Tokenizer(vocab, merges, ["<|endoftext|>"])
+        vocab, merges = files.read_tiktoken(path, [END_OF_TEXT])
+        return Tokenizer(vocab, merges, [END_OF_TEXT])
     if path.endswith(".json"):
         return Tokenizer(*files.read_hf(path))
     return Tokenizer.from_directory(path)

@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tokenizer.files import atomic_write
-from tokenizer.rivals import END, TASKS
+from tokenizer.files import END_OF_TEXT, atomic_write
+from tokenizer.rivals import TASKS
 
 THREADED_TASKS = ("count", "train", "first-use", "profile", "encode", "owt-scale", "tinystories-scale")
 SCALE_BYTES = {"owt-scale": 11.9e9, "tinystories-scale": 2.2e9}
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb `bench` to `parser`."""
     installed = [name for name in RIVALS if importlib.util.find_spec(name)]
     parser.add_argument(
-        "--file", type=Path, required=True, help="text to measure on, documents separated by <|endoftext|>"
+        "--file", type=Path, required=True, help=f"text to measure on, documents separated by {END_OF_TEXT}"
     )
     parser.add_argument(
         "--tokenizer",
@@ -234,7 +234,7 @@ def prepare_text(task: str, options: argparse.Namespace, scratch: Path) -> Path:
     if task in ("train", "first-use", "profile") and options.file.stat().st_size > options.train_mb * 1e6:
         with open(options.file, "rb") as file:
             text = file.read(int(options.train_mb * 1e6))
-        separator = text.rfind(END.encode())
+        separator = text.rfind(END_OF_TEXT.encode())
         path.write_bytes(text[: separator if separator > 0 else None])
         return path
     return Path(options.file)
@@ -247,8 +247,8 @@ def prepare_tokenizer(options: argparse.Namespace, scratch: Path) -> Path:
     if options.tokenizer:
         tokenizer = Tokenizer.from_directory(options.tokenizer)
     else:
-        vocab, merges = train_bpe(options.file, options.vocab_size, [END])
-        tokenizer = Tokenizer(vocab, merges, [END])
+        vocab, merges = train_bpe(options.file, options.vocab_size, [END_OF_TEXT])
+        tokenizer = Tokenizer(vocab, merges, [END_OF_TEXT])
     tokenizer.save(scratch / "tokenizer")
     return scratch / "tokenizer"
 

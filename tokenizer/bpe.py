@@ -161,10 +161,10 @@ class Tokenizer:
         meta = files.read_meta(folder)
         if not (folder / "vocab.json").exists() and (folder / "tokenizer.json").exists():
             return cls(*files.read_hf(folder / "tokenizer.json"))
-        guess = [] if meta else ["<|endoftext|>"]
+        guess = [] if meta else [files.END_OF_TEXT]
         special_tokens = meta.get("special_tokens", guess)
         vocab, merges = files.read_gpt2(folder / "vocab.json", folder / "merges.txt", special_tokens)
-        if not meta and b"<|endoftext|>" not in vocab.values():
+        if not meta and files.END_OF_TEXT.encode() not in vocab.values():
             special_tokens = []
         tokenizer = cls(vocab, merges, special_tokens)
         if "sha256" in meta and meta["sha256"] != tokenizer.sha256:

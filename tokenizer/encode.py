@@ -46,7 +46,6 @@ FLUSH_SECONDS = 0.05
 JOURNAL_SECONDS = 5.0  # at most this much work is lost when the process is killed
 SMALL_BYTES = 1 << 19  # up to here no kernel is loaded: it would take longer than the work
 HEADER_BYTES = 128  # of an .npy file, whatever the number of ids in it
-SEPARATOR = "<|endoftext|>"  # between documents
 
 
 class Shard(NamedTuple):
@@ -282,7 +281,7 @@ class TokenWriter:
         self.journal = output.with_name(f".{output.name}.journal")
         self.job = json.loads(json.dumps(job))
         self.expected_bytes = num_bytes
-        self.separator_id = tokenizer.special_ids.get(SEPARATOR, -1)
+        self.separator_id = tokenizer.special_ids.get(files.END_OF_TEXT, -1)
         self.vocab = tokenizer.vocab
         self.lock = threading.Lock()
         self.handed_in: dict[int, tuple[NDArray[np.uint8], NDArray[Any], Contents, Callable[[], None]]] = {}

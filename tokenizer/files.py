@@ -19,6 +19,7 @@ from typing import IO, Any, NoReturn
 Vocab = dict[int, bytes]
 Merges = list[tuple[bytes, bytes]]
 
+END_OF_TEXT = "<|endoftext|>"  # the special token after each document, where nobody asks for others
 MAKES_TOKENIZERS = "`python -m tokenizer train` makes one"
 
 

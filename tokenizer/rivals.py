@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from tokenizer.files import atomic_write, from_symbols
+from tokenizer.files import END_OF_TEXT, atomic_write, from_symbols
 from tokenizer.pretokenize import PATTERN
 
-END = "<|endoftext|>"
 WARM_UP_BYTES = 8_000_000
 
 
@@ -43,7 +42,7 @@ class Job:
 
     def documents(self) -> list[str]:
         """The file's documents, decoded: what libraries that take strings get."""
-        return self.file.read_bytes().decode("utf-8", "replace").split(END)
+        return self.file.read_bytes().decode("utf-8", "replace").split(END_OF_TEXT)
 
     def sample(self) -> Path:
         """A file with the last megabytes of the text, to warm up with."""
@@ -52,7 +51,7 @@ class Job:
         with open(self.file, "rb") as source:
             source.seek(max(size - WARM_UP_BYTES, 0))
             data = source.read()
-        path.write_bytes(data[data.find(END.encode()) :] if END.encode() in data else data)
+        path.write_bytes(data[data.find(END_OF_TEXT.encode()) :] if END_OF_TEXT.encode() in data else data)
         return path
 
     def tokenizer_json(self) -> Path:
@@ -102,8 +101,8 @@ def single(seconds: float, num_bytes: int, **made: Any) -> Outcome:
 def _count_ours(job: Job) -> Outcome:
     from tokenizer.pretokenize import count_pretokens
 
-    first, _ = seconds_of(lambda: count_pretokens(job.sample(), [END], num_threads=job.threads))
-    seconds, counts = seconds_of(lambda: count_pretokens(job.file, [END], num_threads=job.threads))
+    first, _ = seconds_of(lambda: count_pretokens(job.sample(), [END_OF_TEXT], num_threads=job.threads))
+    seconds, counts = seconds_of(lambda: count_pretokens(job.file, [END_OF_TEXT], num_threads=job.threads))
     size = job.file.stat().st_size
     return Outcome(
         {"": seconds, "first call (8 MB)": first}, {"": size}, note=f"{len(counts.counts):,} distinct pre-tokens"
@@ -134,7 +133,7 @@ def _count_physical_limit(job: Job) -> Outcome:
 def _count_gigatoken(job: Job) -> Outcome:
     from gigatoken.gigatoken_rs import pretokenized_counts
 
-    seconds, counts = seconds_of(lambda: pretokenized_counts(job.file.read_bytes(), END.encode()))
+    seconds, counts = seconds_of(lambda: pretokenized_counts(job.file.read_bytes(), END_OF_TEXT.encode()))
     return single(seconds, job.file.stat().st_size, note=f"{len(counts):,} distinct pre-tokens")
 
 
@@ -148,7 +147,7 @@ def _count_regex(job: Job) -> Outcome:
     pattern = regex.compile(PATTERN)
 
     def count() -> collections.Counter[str]:
-        return collections.Counter(m.group() for part in text.split(END) for m in pattern.finditer(part))
+        return collections.Counter(m.group() for part in text.split(END_OF_TEXT) for m in pattern.finditer(part))
 
     seconds, _ = seconds_of(count)
     return single(seconds, len(text.encode()), note="one thread, first 8 MB")
@@ -160,8 +159,10 @@ def _count_regex(job: Job) -> Outcome:
 def _train_ours(job: Job) -> Outcome:
     from tokenizer.train import train_bpe
 
-    first, _ = seconds_of(lambda: train_bpe(job.sample(), 1000, [END], num_threads=job.threads))
-    seconds, (vocab, merges) = seconds_of(lambda: train_bpe(job.file, job.vocab_size, [END], num_threads=job.threads))
+    first, _ = seconds_of(lambda: train_bpe(job.sample(), 1000, [END_OF_TEXT], num_threads=job.threads))
+    seconds, (vocab, merges) = seconds_of(
+        lambda: train_bpe(job.file, job.vocab_size, [END_OF_TEXT], num_threads=job.threads)
+    )
     tokens = [vocab[i] for i in range(len(vocab))]
     size = job.file.stat().st_size
     return Outcome({"": seconds, "first call (8 MB)": first}, {"": size}, merges=merges, tokens=tokens)
@@ -171,7 +172,9 @@ def _train_ours_fresh(job: Job) -> Outcome:
     """The first call of a process: getting the compiled kernels, from their cache or anew, is part of the time."""
     from tokenizer.train import train_bpe
 
-    seconds, (vocab, merges) = seconds_of(lambda: train_bpe(job.file, job.vocab_size, [END], num_threads=job.threads))
+    seconds, (vocab, merges) = seconds_of(
+        lambda: train_bpe(job.file, job.vocab_size, [END_OF_TEXT], num_threads=job.threads)
+    )
     return single(seconds, job.file.stat().st_size, merges=merges, tokens=[vocab[i] for i in range(len(vocab))])
 
 
@@ -190,7 +193,7 @@ def _profile_ours(job: Job) -> Outcome:
     """Train with a clock around each stage."""
     from tokenizer.train import train_bpe
 
-    train_bpe(job.sample(), 1000, [END], num_threads=job.threads)
+    train_bpe(job.sample(), 1000, [END_OF_TEXT], num_threads=job.threads)
     spent = dict.fromkeys(STAGES, 0.0)
     inside = [0.0]  # seconds of the stages called by each stage that runs
 
@@ -207,7 +210,7 @@ def _profile_ours(job: Job) -> Outcome:
     for stage, (name, function) in STAGES.items():
         module = importlib.import_module(name)
         setattr(module, function, timed(stage, getattr(module, function)))
-    total, _ = seconds_of(lambda: train_bpe(job.file, job.vocab_size, [END], num_threads=job.threads))
+    total, _ = seconds_of(lambda: train_bpe(job.file, job.vocab_size, [END_OF_TEXT], num_threads=job.threads))
     return Outcome({**spent, "the rest": total - inside[0], "in all": total}, {"in all": job.file.stat().st_size})
 
 
@@ -218,7 +221,7 @@ def _train_huggingface(job: Job) -> Outcome:
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=job.vocab_size,
-        special_tokens=[END],
+        special_tokens=[END_OF_TEXT],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -230,9 +233,9 @@ def _train_huggingface(job: Job) -> Outcome:
 def _train_gigatoken(job: Job) -> Outcome:
     import gigatoken
 
-    source = gigatoken.TextFileSource([job.file], END)
+    source = gigatoken.TextFileSource([job.file], END_OF_TEXT)
     seconds, (_, merges) = seconds_of(
-        lambda: gigatoken.train_bpe(source, job.vocab_size, [END], tie_breaking="assembled_bytes")
+        lambda: gigatoken.train_bpe(source, job.vocab_size, [END_OF_TEXT], tie_breaking="assembled_bytes")
     )
     return single(seconds, job.file.stat().st_size, merges=merges)
 
@@ -334,7 +337,7 @@ def _encode_gigatoken(job: Job) -> Outcome:
     tokenizer = gigatoken.Tokenizer(job.tokenizer_json())
 
     def encode() -> Path:
-        rows = tokenizer.encode_files(gigatoken.TextFileSource([job.file], END))
+        rows = tokenizer.encode_files(gigatoken.TextFileSource([job.file], END_OF_TEXT))
         return write_ids(job, awkward.flatten(rows).to_numpy())
 
     return encode_twice(job, encode, note="without the ids of separators")
@@ -411,7 +414,7 @@ def document_pieces(job: Job, size: int) -> list[str]:
         pieces = []
         for i in range(count):
             file.seek(i * max(total - size, 0) // count)
-            pieces.append(file.read(size).decode("utf-8", "ignore").replace(END, ""))
+            pieces.append(file.read(size).decode("utf-8", "ignore").replace(END_OF_TEXT, ""))
     return pieces
 
 
@@ -473,7 +476,7 @@ def time_decoding(job: Job, decode: Callable[[list[int]], Any]) -> Outcome:
     from tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_directory(job.tokenizer)
-    text = job.file.read_bytes()[:1_000_000].decode("utf-8", "ignore").replace(END, "")
+    text = job.file.read_bytes()[:1_000_000].decode("utf-8", "ignore").replace(END_OF_TEXT, "")
     ids = list(tokenizer.encode(text))
     passes = [seconds_of(lambda: decode(ids)) for _ in range(20)]
     result = passes[0][1]

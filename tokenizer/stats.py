@@ -11,7 +11,8 @@ import numpy as np
 
 from tokenizer.bpe import Tokenizer
 from tokenizer.chunks import Errors, Paths
-from tokenizer.encode import SEPARATOR, encode_files
+from tokenizer.encode import encode_files
+from tokenizer.files import END_OF_TEXT
 
 NUM_LONGEST = 10
 NUM_SAMPLED = 10  # documents, the same ones for every tokenizer that separates them
@@ -41,7 +42,7 @@ def text_stats(
         seconds = time.perf_counter() - start
         ids = np.load(output, mmap_mode="r")
         used = np.count_nonzero(np.bincount(ids, minlength=tokenizer.vocab_size))
-        ends = np.flatnonzero(ids == tokenizer.special_ids.get(SEPARATOR, -1))
+        ends = np.flatnonzero(ids == tokenizer.special_ids.get(END_OF_TEXT, -1))
         bounds = np.concatenate([[-1], ends, [record["num_tokens"]]])
         lengths = (np.diff(bounds) - 1)[: record["num_documents"]]
         drawn = np.random.default_rng(0).permutation(len(lengths))[:NUM_SAMPLED]

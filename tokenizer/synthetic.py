@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenizer.files import END_OF_TEXT
 from tokenizer.kernels.machine import kernel
 from tokenizer.pretokenize import count_pretokens
 
-END = b"<|endoftext|>"
 BLOCK = 1 << 25  # bytes drawn from one seed
 LONGEST = 24  # bytes of a word; longer ones are left out
 NUM_PARTS = 4096  # new words are made of this many frequent ones
@@ -147,7 +147,7 @@ def write_text(path: Path, kind: str, source: Path, num_bytes: int, num_threads:
         raise ValueError(
             f"{path.parent} has {free / 1e9:.1f} GB free, {num_bytes / 1e9 + 1:.1f} GB are needed: lower --scale_gb"
         )
-    counts = count_pretokens(source, [END.decode()], num_threads=num_threads).to_dict()
+    counts = count_pretokens(source, [END_OF_TEXT], num_threads=num_threads).to_dict()
     words = {token: count for token, count in counts.items() if len(token) <= LONGEST and WORD.fullmatch(token)}
     closings = {token: count for token, count in counts.items() if len(token) <= LONGEST and CLOSING.fullmatch(token)}
     if not words or not closings:
@@ -155,7 +155,7 @@ def write_text(path: Path, kind: str, source: Path, num_bytes: int, num_threads:
     word_urn, closing_urn = make_urn(words), make_urn(closings)
     if len(words) < NUM_PARTS and SHARE_OF_NEW_WORDS[kind]:
         raise ValueError(f"{source} has {len(words)} distinct words, new ones need {NUM_PARTS}: give a larger --file")
-    separator = np.frombuffer(b"\n" + END + b"\n", np.uint8)
+    separator = np.frombuffer(f"\n{END_OF_TEXT}\n".encode(), np.uint8)
     block = min(BLOCK, num_bytes)
 
     def make(index: int) -> NDArray[np.uint8]:
