@@ -24,7 +24,7 @@ from timing import ALMOST_LINEAR, slope_of
 
 from tokenizer import Tokenizer, bpe, reference
 from tokenizer.bpe import BytesEncoder, merge_pretoken
-from tokenizer.kernels import lists, strings
+from tokenizer.kernels import PADDING, lists, strings
 from tokenizer.pretokenize import PATTERN, unicode_classes
 
 END = "<|endoftext|>"
@@ -508,10 +508,10 @@ class TestCache:
         words = ["".join(rng.choices(letters, k=rng.randrange(1, 30))) for _ in range(60_000)]
         text = " ".join(words + words[:20_000]).encode()
         expected = small.encode_without_loading(text.decode())
-        starts, ids = np.empty(len(text) + 64, np.uint32), np.empty(len(text) + 3, np.uint16)
+        starts, ids = np.empty(len(text) + PADDING, np.uint32), np.empty(len(text) + 3, np.uint16)
         for max_slots in (1 << 14, 1 << 18):
             encoder = BytesEncoder(small, first_slots=1 << 12, max_slots=max_slots)
-            count = encoder.encode(np.frombuffer(text + bytes(64), np.uint8), len(text), starts, ids)
+            count = encoder.encode(np.frombuffer(text + bytes(PADDING), np.uint8), len(text), starts, ids)
             assert ids[:count].tolist() == expected
             assert len(encoder._cache.slots) <= 4 * max_slots
 
@@ -521,9 +521,9 @@ class TestCache:
         encoder.learn_vocabulary(small)
         fresh = encoder._cache.used[0]
         assert 256 < fresh <= len(small.vocab)
-        text = np.frombuffer(CORPUS.encode() + bytes(64), np.uint8)
+        text = np.frombuffer(CORPUS.encode() + bytes(PADDING), np.uint8)
         starts, ids = np.empty(len(text), np.uint32), np.empty(len(text), np.uint16)
-        count = encoder.encode(text, len(text) - 64, starts, ids)
+        count = encoder.encode(text, len(text) - PADDING, starts, ids)
         assert encoder._cache.used[0] > fresh
 
         def fail(words: int) -> None:
@@ -533,7 +533,7 @@ class TestCache:
         encoder._shared.make_room(encoder._cache)
         assert encoder._cache.used[0] == fresh
         expected = ids[:count].copy()
-        assert encoder.encode(text, len(text) - 64, starts, ids) == count and (ids[:count] == expected).all()
+        assert encoder.encode(text, len(text) - PADDING, starts, ids) == count and (ids[:count] == expected).all()
 
     @pytest.mark.parametrize("max_slots", [1 << 12, 1 << 19])
     def test_threads_share_a_cache_that_grows_and_is_emptied_under_them(self, small: Tokenizer, max_slots: int) -> None:
@@ -541,8 +541,8 @@ class TestCache:
         rng, letters, num_threads = random.Random(2), "etaoinshrdlucmfwypvbgkjqxz", 4
         words = ["".join(rng.choices(letters, k=rng.randrange(1, 30))) for _ in range(100_000)]
         text = " ".join(words).encode()
-        padded = np.frombuffer(text + bytes(64), np.uint8)
-        starts = np.empty((num_threads, len(text) + 64), np.uint32)
+        padded = np.frombuffer(text + bytes(PADDING), np.uint8)
+        starts = np.empty((num_threads, len(text) + PADDING), np.uint32)
         ids = np.empty((num_threads, len(text) + 3), np.uint16)
         count = BytesEncoder(small).encode(padded, len(text), starts[0], ids[0])
         expected = ids[0, :count].copy()
@@ -581,8 +581,8 @@ class TestCache:
         self, small: Tokenizer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         text = b"ab" * 40_000 + b" low"
-        padded = np.frombuffer(text + bytes(64), np.uint8)
-        starts, ids = np.empty(len(text) + 64, np.uint32), np.empty(len(text) + 3, np.uint16)
+        padded = np.frombuffer(text + bytes(PADDING), np.uint8)
+        starts, ids = np.empty(len(text) + PADDING, np.uint32), np.empty(len(text) + 3, np.uint16)
         encoder = BytesEncoder(small)
 
         def interrupted(*tables: Any) -> Any:
@@ -621,9 +621,9 @@ class TestCache:
         encoder = BytesEncoder(small, first_slots=1 << 8, max_slots=1 << 8)
         encoder.learn_vocabulary(small)
         assert 0 < encoder._cache.used[0] <= 64
-        text = np.frombuffer(CORPUS.encode() + bytes(64), np.uint8)
+        text = np.frombuffer(CORPUS.encode() + bytes(PADDING), np.uint8)
         starts, ids = np.empty(len(text), np.uint32), np.empty(len(text), np.uint16)
-        count = encoder.encode(text, len(text) - 64, starts, ids)
+        count = encoder.encode(text, len(text) - PADDING, starts, ids)
         assert ids[:count].tolist() == Tokenizer(small.vocab, small.merges).encode(CORPUS)
 
 

@@ -13,9 +13,10 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenizer.kernels import PADDING
 from tokenizer.kernels import scan as scan_module
 from tokenizer.kernels.machine import kernel
-from tokenizer.kernels.scan import PADDING, character_start, find_invalid_utf8, find_special_token, scan
+from tokenizer.kernels.scan import character_start, find_invalid_utf8, find_special_token, scan
 from tokenizer.pretokenize import PATTERN, special_token_arrays, split_special_tokens, unicode_classes
 
 # What the pattern treats apart: contractions and what looks like them, every kind of white space, digits and letters of

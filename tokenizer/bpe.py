@@ -23,6 +23,7 @@ import regex
 from numpy.typing import NDArray
 
 from tokenizer import files, pretokenize
+from tokenizer.kernels import PADDING
 
 COMPILE_AFTER = 1 << 18  # characters encoded or ids decoded; loading the kernels takes about as long as this much text
 MAX_PLAIN_CACHE = 4096  # pre-tokens, under 1 MB
@@ -30,7 +31,7 @@ MAX_KEPT_WORK = 1 << 18  # bytes of a pre-token for which scratch space is kept
 STREAM_CHARACTERS = 1 << 12  # what encode_iterable gathers before it encodes
 MAX_IDS = 1 << 21  # two ids and a rank are one word of the kernels' table of merges
 MAX_PIECE = 1 << 26  # characters that the kernels get at once: they count the bytes of a text in 32 bits
-
+PADDING_BYTES = bytes(PADDING)
 
 PRETOKENS = regex.compile(pretokenize.PATTERN)
 Decoded = TypeVar("Decoded", str, bytes)
@@ -405,14 +406,14 @@ class CompiledTokenizer:
 
         self._kernels, self._lists, self._strings = encode, lists, strings
         self._lock = threading.Lock()
-        self._room = np.empty(self.SCRATCH + 64, np.uint8)
+        self._room = np.empty(self.SCRATCH + PADDING, np.uint8)
         self._text = self._room.view()
         self._text.flags.writeable = False  # one compiled kernel for all texts
-        self._starts = np.empty(self.SCRATCH + 64, np.uint32)
+        self._starts = np.empty(self.SCRATCH + PADDING, np.uint32)
         self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         self._ids = np.empty(self.SCRATCH + 3, self._dtype)
         tokens = [tokenizer.vocab.get(token_id, b"") for token_id in range(tokenizer.vocab_size)]
-        self._token_bytes = np.frombuffer(b"".join(tokens) + bytes(64), np.uint8)
+        self._token_bytes = np.frombuffer(b"".join(tokens) + PADDING_BYTES, np.uint8)
         self._token_ends = np.cumsum([0, *map(len, tokens)], dtype=np.uint32)
         self._has_every_id = len(tokenizer.vocab) == tokenizer.vocab_size
         self._ints = list(range(tokenizer.vocab_size))  # keeps alive what the next line has the addresses of
@@ -434,12 +435,12 @@ class CompiledTokenizer:
                 raise ValueError(f"text has a pre-token or special tokens of {size} bytes in a row, more than 4 GiB")
             starts, ids = self._starts, self._ids
             if size > self.SCRATCH:
-                starts, ids = np.empty(size + 64, np.uint32), np.empty(size + 3, self._dtype)
+                starts, ids = np.empty(size + PADDING, np.uint32), np.empty(size + 3, self._dtype)
             count = self.encoder.encode(buffer, size, starts, ids)
             return ids[:count].tolist() if size <= self.SHORT else self._as_list(ids, count)
 
     def _utf8(self, text: str) -> tuple[NDArray[np.uint8], int]:
-        """`text` as UTF-8, and its size; 64 bytes after it are readable. Good until the next call."""
+        """`text` as UTF-8, and its size; PADDING bytes after it are readable. Good until the next call."""
         compact = type(text) is str and self._strings.KNOWN  # a subclass's characters lie elsewhere
         if compact and len(text) > self.SHORT and self._strings.max_bytes(text) <= self.SCRATCH:
             size = self._strings.to_utf8(text, self._room)
@@ -479,9 +480,6 @@ class CompiledTokenizer:
                 out = np.empty(size + 15, np.uint8)
                 size = decode(out)
             return made_of(out.data[:size]) if size >= 0 else None
-
-
-PADDING_BYTES = bytes(64)
 
 
 class BytesEncoder:
@@ -569,9 +567,9 @@ class BytesEncoder:
         """Write the ids of text[:size] to `ids`; their number.
 
         Args:
-            text: UTF-8, after which 64 bytes must be readable.
+            text: UTF-8, after which PADDING bytes must be readable.
             size: length of the text.
-            starts: scratch, room for size + 64.
+            starts: scratch, room for size + PADDING.
             ids: of an integer type that holds every id; room for size + 3.
         """
         if text.flags.writeable:  # one compiled kernel for all callers

@@ -20,18 +20,18 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenizer.kernels import PADDING
 from tokenizer.progress import progress_bar
 
 Result = TypeVar("Result")
 Errors = Literal["strict", "replace"]
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-PADDING = 64  # readable bytes after the text of a chunk, as the kernels need them
 WINDOW = 1 << 12  # bytes looked at to find the end of a chunk; nearly always enough
 
 
 class Chunk(NamedTuple):
-    """A piece of a file: `text[:length]`, which begins `offset` bytes into the file."""
+    """A piece of a file: `text[:length]`, which begins `offset` bytes into the file; PADDING bytes follow it."""
 
     path: Path
     offset: int

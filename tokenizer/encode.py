@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from tokenizer import files
 from tokenizer.bpe import BytesEncoder, Tokenizer
 from tokenizer.chunks import (
-    PADDING,
     ChunkReader,
     CompressedFile,
     Errors,
@@ -39,6 +38,7 @@ from tokenizer.chunks import (
     list_paths,
     read_text,
 )
+from tokenizer.kernels import PADDING
 from tokenizer.progress import progress_bar
 
 CHUNK_BYTES = 1 << 21

@@ -12,6 +12,7 @@ import regex
 from numpy.typing import NDArray
 
 from tokenizer.chunks import Chunk, ChunkReader, Errors, Paths, default_threads, work_on_chunks
+from tokenizer.kernels import PADDING
 
 if TYPE_CHECKING:
     from tokenizer.kernels.count import Table
@@ -206,7 +207,7 @@ def count_chunks(
 
     table = new_table(17, 1 << 20, hash_mask)
     scratch = count.Scratch(
-        np.empty(count.PIECE + count.PADDING, np.uint32),
+        np.empty(count.PIECE + PADDING, np.uint32),
         np.empty(2 * count.BATCH, np.uint64),
         np.empty(count.BATCH, np.uint64),
     )
@@ -219,7 +220,7 @@ def count_chunks(
             else:
                 scratch = scratch._replace(starts=np.empty(2 * len(scratch.starts), np.uint32))
             position, state = count.count_text(chunk.text, position, chunk.length, classes, specials, table, scratch)
-        scratch = scratch._replace(starts=scratch.starts[: count.PIECE + count.PADDING])
+        scratch = scratch._replace(starts=scratch.starts[: count.PIECE + PADDING])
     return table
 
 

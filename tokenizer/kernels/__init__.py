@@ -2,3 +2,5 @@
 
 Each algorithm has a textbook version in `tokenizer.reference`.
 """
+
+PADDING = 64  # bytes that must be readable after the end of a text

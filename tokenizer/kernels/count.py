@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenizer.kernels import PADDING
 from tokenizer.kernels.keys import LONG, hash_key, length_of_key, write_key
 from tokenizer.kernels.machine import NONE, ONE, copy_16_bytes, kernel, prefetch
-from tokenizer.kernels.scan import PADDING, SpecialTokens, character_start, find_special_token, scan
+from tokenizer.kernels.scan import SpecialTokens, character_start, find_special_token, scan
 
 Word = np.uint64
 
@@ -135,7 +136,7 @@ def count_text(
         (end, DONE), or the offset from which to go on after the `table` or `scratch.starts` has been given more room.
 
     Args:
-        text: bytes, of which 64 after `end` must be readable, at most 4 GiB.
+        text: bytes, of which PADDING after `end` must be readable, at most 4 GiB.
     """
     starts = scratch.starts
     piece = len(starts) - PADDING

@@ -526,9 +526,9 @@ def encode_text(
     `work.needed` says how long): the caller makes room and calls again from there.
 
     Args:
-        text: UTF-8, after which 64 bytes must be readable.
+        text: UTF-8, after which PADDING bytes must be readable.
         tables: `words_of` the `Tables`.
-        starts: scratch, room for end - begin + 64 entries (few of them touched, unless the text has no blanks).
+        starts: scratch, room for end - begin + PADDING entries (few of them touched, unless the text has no blanks).
         out: of any integer type that holds the ids; room for end - begin + 3 of them.
     """
     classes, specials, special_ids, _, cache, work = unpack(tables)

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from tokenizer.kernels.machine import ALL, NONE, ONE, bytes_in_range, inline_kernel, kernel, lowest_bit, ones_of
 
 OTHER, LETTER, NUMBER, SPACE = 0, 1, 2, 3  # the values of `tokenizer.pretokenize.unicode_classes`
-PADDING = 64  # bytes that must be readable after the end of a text
 
 Word = np.uint64
 Byte = np.uint8
@@ -202,7 +201,7 @@ def scan(
     A pre-token ends where the next begins, the last at `end`. A byte that belongs to no UTF-8 character is an OTHER.
 
     Args:
-        text: bytes, of which 64 after `end` must be readable; what they are does not matter.
+        text: bytes, of which PADDING after `end` must be readable; what they are does not matter.
         classes: class of each code point, see `tokenizer.pretokenize.unicode_classes`.
         starts: any integer type that holds `end`; needs room for end - begin + PADDING entries.
     """
