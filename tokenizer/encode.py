@@ -249,7 +249,6 @@ class Done:
     num_documents: int = 0
     in_document: bool = False  # there is text after the last separator
     max_id: int = -1
-    text_sha256: str = hashlib.sha256().hexdigest()
 
 
 class Contents(NamedTuple):
@@ -329,7 +328,9 @@ class TokenWriter:
         """Read over what an earlier run has done, if its part file is good for the same job and the same text."""
         try:
             state = json.loads(self.journal.read_text())
-            done = Done(**state["done"])
+            noted = dict(state["done"])
+            text_sha256 = noted.pop("text_sha256")
+            done = Done(**noted)
             size = HEADER_BYTES + done.num_tokens * self.dtype.itemsize
             if state["job"] != self.job or os.fstat(self.file).st_size < size:
                 return False
@@ -343,7 +344,7 @@ class TokenWriter:
             buffer = taken[1].text
             chunk = reader.check(taken[1])
             self.text_hash.update(chunk.text[: chunk.length].data)
-        if self.text_hash.hexdigest() != done.text_sha256:
+        if self.text_hash.hexdigest() != text_sha256:
             return False
         self.done = done
         print(f"tokenizer: going on with {self.output} after {done.num_tokens} ids", file=sys.stderr)
@@ -384,7 +385,6 @@ class TokenWriter:
             num_documents=done.num_documents + contents.num_separators,
             in_document=contents.text_at_end or (done.in_document and contents.num_separators == 0),
             max_id=max(done.max_id, contents.max_id),
-            text_sha256="",
         )
         if done.num_chunks == 0:
             self._check_room()
@@ -443,8 +443,8 @@ class TokenWriter:
 
     def _save_journal(self) -> None:
         os.fsync(self.file)
-        done = dataclasses.replace(self.done, text_sha256=self.text_hash.hexdigest())
-        files.write_json(self.journal, {"job": self.job, "done": dataclasses.asdict(done)})
+        done = dataclasses.asdict(self.done) | {"text_sha256": self.text_hash.hexdigest()}
+        files.write_json(self.journal, {"job": self.job, "done": done})
         self.saved_at = time.monotonic()
 
 
