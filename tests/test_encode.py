@@ -258,6 +258,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match="errors="):
             encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy", errors="ignore")  # type: ignore[arg-type]
 
+    def test_a_folder_in_the_place_of_the_output_is_refused_before_anything_is_read(
+        self, tokenizer: Tokenizer, tmp_path: Path
+    ) -> None:
+        (tmp_path / "x.npy").mkdir()
+        with pytest.raises(IsADirectoryError, match=r"x\.npy"):
+            encode_files(tokenizer, tmp_path / "missing.txt", tmp_path / "x.npy")
+        assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+
     def test_the_first_error_in_the_text_is_told(self, tokenizer: Tokenizer, tmp_path: Path, tiny_chunks: None) -> None:
         (tmp_path / "x.txt").write_bytes((b"low " * 50 + b"\xff ") * 20)
         for _ in range(5):

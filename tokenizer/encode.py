@@ -99,11 +99,14 @@ def encode_files(
     Raises:
         ValueError: bad text (with file and offset), a file that changed while it was read, another process that writes
             the same output, or a folder that holds something else.
+        IsADirectoryError: `output_path` is a folder.
         OSError: the disk has too little room, found out early from the first chunk, or at the end.
     """
     paths, output = list_paths(input_paths), Path(output_path)
     if output.suffix != ".npy":
         raise ValueError(f"output_path={os.fspath(output_path)!r} must end in .npy")
+    if output.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(output))
     if isinstance(shard, str):
         shard = Shard.parse(shard)
     threads = default_threads(num_threads)
