@@ -198,7 +198,10 @@ def train(options: argparse.Namespace) -> None:
 
 
 def encode(options: argparse.Namespace) -> None:
-    """Write the token ids of text files as a one-dimensional .npy file of uint16 and describe it in meta.json."""
+    """Print the token ids of text files, or write them to a one-dimensional .npy file and describe it in meta.json.
+
+    The file is of uint16, or of uint32 where the vocabulary has more than 65,536 ids.
+    """
     if options.shard is not None and options.output is None:
         raise ValueError(f"--shard {options.shard} needs --output FILE.npy")
     tokenizer = load(options.tokenizer)
