@@ -167,7 +167,7 @@ def count_pretokens(
     return tables_to_arrays(tables)
 
 
-def new_table(slot_bits: int, arena_bytes: int, hash_mask: int = (1 << 64) - 1) -> "Table":
+def new_table(slot_bits: int, arena_bytes: int, hash_mask: int) -> "Table":
     """An empty table of pre-tokens with 2**slot_bits slots, each within one line of the cache."""
     from tokenizer.kernels.count import Table
 

@@ -128,7 +128,7 @@ def fill(
     return end_document(buffer, position, separator)
 
 
-def write_text(path: Path, kind: str, source: Path, num_bytes: int, num_threads: int, seed: int = 0) -> None:
+def write_text(path: Path, kind: str, source: Path, num_bytes: int, num_threads: int) -> None:
     """Write about `num_bytes` of text with the words of `source` to `path`.
 
     Args:
@@ -137,7 +137,6 @@ def write_text(path: Path, kind: str, source: Path, num_bytes: int, num_threads:
         source: a real text, documents separated by `<|endoftext|>`.
         num_bytes: rounded to whole blocks of 32 MiB; a smaller text is one smaller block.
         num_threads: how many blocks are drawn at the same time.
-        seed: another seed, another text.
 
     Raises:
         ValueError: the source has no words, or the disk no room.
@@ -160,7 +159,7 @@ def write_text(path: Path, kind: str, source: Path, num_bytes: int, num_threads:
 
     def make(index: int) -> NDArray[np.uint8]:
         buffer = np.empty(block, np.uint8)
-        state = np.array([seed * 1_000_003 + index], np.uint64) * np.uint64(0xD1342543DE82EF95)
+        state = np.array([index], np.uint64) * np.uint64(0xD1342543DE82EF95)
         length = fill(
             buffer,
             word_urn,
