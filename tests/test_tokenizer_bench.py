@@ -32,7 +32,7 @@ def parse(*words: object) -> argparse.Namespace:
 
 def record(entry: str, seconds: dict[str, list[float]], **more: Any) -> dict[str, Any]:
     size = {"num_bytes": {stage: 1000 for stage in seconds}, "peak_bytes": [1_000_000], "note": "", "agreement": ""}
-    return {"entry": entry, "threads": 1, "seconds": seconds, **size, **more}
+    return {"entry": entry, "threads": 1, "seconds": seconds} | size | more
 
 
 @pytest.mark.slow
@@ -84,6 +84,16 @@ def test_results_that_differ_are_told() -> None:
     other = {"merges": [["61", "62"], ["63", "64"]], "tokens": []}
     assert bench.agreement("train", ours, other) == "first 1 merges the same, 50.0 % of the tokens"
     assert bench.agreement("train", ours, {"merges": [], "tokens": ["6162"]}) == "50.0 % of the tokens"
+
+
+def test_what_is_kept_of_a_record() -> None:
+    run = {"seconds": {"": 2.0}, "num_bytes": {"": 1000}, "peak_bytes": 1_000_000, "note": "", "digest": None}
+    kept = bench.Record("ours", 1)
+    kept.add(run)
+    assert kept.to_json() == record("ours", {"": [2.0]})
+    kept.add(run)
+    kept.error, kept.spent_seconds = "not done in 1 s", 9.0
+    assert kept.to_json() == record("ours", {"": [2.0, 2.0]}, peak_bytes=[1_000_000] * 2, error="not done in 1 s")
 
 
 def test_ratios_are_taken_round_by_round() -> None:

@@ -6,6 +6,7 @@ ratio to ours within a round, the seconds are what they were that day.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
@@ -165,55 +166,81 @@ def agreement(task: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     return f"{told}{100 * len(made & tokens) / max(len(made), 1):.1f} % of the tokens"
 
 
+def plan(task: str, threads: list[int], entries: list[str]) -> list[tuple[str, int]]:
+    """What a round of a task runs, and with how many threads: the first entry with each number, the others with most.
+
+    >>> plan("train", [1, 4], ["ours", "bpeasy"])
+    [('ours', 1), ('ours', 4), ('bpeasy', 4)]
+    >>> plan("count", [1, 4], ["ours", "physical limit", "regex"])
+    [('ours', 1), ('ours', 4), ('physical limit', 4), ('regex', 4), ('physical limit', 1)]
+    """
+    first, *others = entries
+    counts = [count for count in sorted(set(threads)) if task in THREADED_TASKS or count == 1]
+    runs = [(first, count) for count in counts] + [(entry, counts[-1]) for entry in others]
+    if YARDSTICK in others:
+        runs += [(YARDSTICK, count) for count in threads if count != counts[-1]]
+    return runs
+
+
+@dataclasses.dataclass
+class Record:
+    """What the runs of one entry with one number of threads measured."""
+
+    entry: str
+    threads: int
+    seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # of each stage, one per run
+    num_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    peak_bytes: list[int] = dataclasses.field(default_factory=list)
+    note: str = ""
+    agreement: str = ""
+    error: str = ""
+    spent_seconds: float = 0.0  # on the whole processes
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Take in what one more run measured."""
+        for stage, seconds in result["seconds"].items():
+            self.seconds.setdefault(stage, []).append(seconds)
+        self.peak_bytes.append(result["peak_bytes"])
+        self.num_bytes, self.note = result["num_bytes"], result["note"]
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as it is kept: with an error only where there was one."""
+        kept = dataclasses.asdict(self)
+        del kept["spent_seconds"]
+        if not self.error:
+            del kept["error"]
+        return kept
+
+
 def run_task(
     task: str, threads: list[int], entries: list[str], job: dict[str, Any], options: argparse.Namespace
 ) -> Results:
     """All rounds of one task."""
-    first = entries[0]
-    plan = [(first, count) for count in sorted(set(threads)) if task in THREADED_TASKS or count == 1]
-    most = plan[-1][1]
-    plan += [(entry, most) for entry in entries if entry != first]
-    plan += [(entry, count) for entry, count in plan if entry == YARDSTICK for count in threads if count != most]
-    records: list[dict[str, Any]] = [
-        {
-            "entry": entry,
-            "threads": count,
-            "seconds": {},
-            "num_bytes": {},
-            "peak_bytes": [],
-            "note": "",
-            "agreement": "",
-        }
-        for entry, count in plan
-    ]
-    spent = [0.0] * len(plan)
+    records = [Record(entry, count) for entry, count in plan(task, threads, entries)]
     ours: dict[str, Any] = {}
     for round_number in range(options.repeats):
-        for i, record in enumerate(records):
-            stop = "error" in record or spent[i] > options.budget_seconds
-            if stop or (round_number > 0 and record["entry"] == COMPILING):
+        for record in records:
+            stop = record.error or record.spent_seconds > options.budget_seconds
+            if stop or (round_number > 0 and record.entry == COMPILING):
                 continue
             start = time.monotonic()
-            result = measure({**job, "task": task, "rival": record["entry"], "threads": record["threads"]})
-            spent[i] += time.monotonic() - start
+            result = measure({**job, "task": task, "rival": record.entry, "threads": record.threads})
+            record.spent_seconds += time.monotonic() - start
             if "error" in result:
-                record["error"] = result["error"]
-                print(f"{task}: {record['entry']}: {result['error']}", file=sys.stderr)
+                record.error = result["error"]
+                print(f"{task}: {record.entry}: {record.error}", file=sys.stderr)
                 continue
-            for stage, seconds in result["seconds"].items():
-                record["seconds"].setdefault(stage, []).append(seconds)
-            record["peak_bytes"].append(result["peak_bytes"])
-            record["num_bytes"], record["note"] = result["num_bytes"], result["note"]
+            record.add(result)
             if not ours:
                 ours = result
             elif round_number == 0:
-                record["agreement"] = agreement(task, ours, result)
+                record.agreement = agreement(task, ours, result)
             shown = ", ".join(f"{stage} {seconds:.3g} s".strip() for stage, seconds in result["seconds"].items())
-            print(f"{task}: {record['entry']}, {record['threads']} threads: {shown}", file=sys.stderr)
+            print(f"{task}: {record.entry}, {record.threads} threads: {shown}", file=sys.stderr)
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "load": os.getloadavg()[0],
-        "records": records,
+        "records": [record.to_json() for record in records],
     }
 
 
