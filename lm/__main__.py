@@ -45,11 +45,19 @@ def usage() -> str:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Without the search for cycles, which would go through all that the libraries make again and again."""
+    """Without the search for cycles, which would go through all that the libraries make again and again.
+
+    There is nothing to save yet, so Ctrl-C ends the process at once: an exception in the middle of a library's import
+    gets lost there, or aborts it.
+    """
     gc.disable()
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
+        signal.signal(signal.SIGINT, before)
         gc.enable()
 
 
@@ -133,12 +141,8 @@ def dispatch(argv: list[str]) -> int:
             return 2
     command = argv[0]
     if command in TRAINING:
-        before = signal.getsignal(signal.SIGINT)
-        if before is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save yet: end at once, without a traceback
         with importing():
             from lm import cli
-        signal.signal(signal.SIGINT, before)
         return cli.main(argv, STARTED)
     if command not in TOOLS:
         from difflib import get_close_matches

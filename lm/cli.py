@@ -45,7 +45,7 @@ from lm.device import device_name
 from lm.module import LanguageModel
 from lm.options import discard, fail, is_first_rank, say
 from lm.parser import DESCRIPTIONS, Parser, check_sections
-from lm.prepare import dataset_name
+from lm.prepare import dataset_name, prepare_validation
 from lm.problems import checkpoint_problems, find_problems
 from lm.ranks import end_ranks, end_with, find_culprit, make_strategy, watched_ranks
 from lm.report import by_version
@@ -55,6 +55,8 @@ from tokenizer.options import in_one_line
 PARENT = "LM_PARENT"  # environment variable: the process that started this one
 
 CheckpointIO.register(AtomicCheckpointIO)
+
+TEXTS = ("corpus", "train_text", "valid_text")
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
@@ -107,6 +109,30 @@ def default_run_name(data: Namespace) -> str:
     if data.directory is not None:
         return Path(data.directory).name
     return data.corpus if data.train_text is None else dataset_name(data.train_text)
+
+
+def choose_data(data: Namespace, typed: set[str], subcommand: str) -> list[str]:
+    """Let a text or corpus on the command line win over the dataset of a configuration file; what is wrong with it.
+
+    Args:
+        data: the section, changed in place. A run's own configuration has its dataset's directory beside its texts.
+        typed: which of its keys are on the command line.
+        subcommand: fit or validate, which needs no more than `valid_text`.
+    """
+    texts = sorted(typed & set(TEXTS))
+    if not texts:
+        return []
+    if "directory" in typed:
+        return [f"data.directory and data.{texts[0]}: one dataset is enough; leave one of them out"]
+    if subcommand == "validate" and texts == ["valid_text"]:
+        data.directory = data.train_text = None
+    elif subcommand == "validate" and data.directory is not None:
+        return [f"data.{texts[0]}: to validate on another text use --data.valid_text, encoded with the run's tokenizer"]
+    elif data.directory is not None:
+        data.directory = None
+        for name in {"train_text", "valid_text"} - typed:
+            data[name] = None
+    return []
 
 
 def batches_between_validations(validate_every_n_steps: int, accumulate_grad_batches: int) -> int:
@@ -194,8 +220,14 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work, all of it at once, before any data is touched."""
         config = self.config[self.subcommand]
-        if problems := find_problems(config, str(self.subcommand)):
+        typed = {name: option(sys.argv[1:], f"--data.{name}") for name in ("directory", *TEXTS)}
+        problems = choose_data(config.data, {name for name in typed if typed[name] is not None}, str(self.subcommand))
+        if problems := problems + find_problems(config, str(self.subcommand)):
             fail(problems)
+        if self.subcommand == "validate" and config.data.valid_text and config.data.train_text is None:
+            tokenizer = Path(config.ckpt_path).resolve().parent.parent / "tokenizer"
+            config.data.directory = str(prepare_validation(config.data.valid_text, tokenizer, config.data.data_dir))
+            config.data.valid_text = None
         super()._set_seed()
         torch.set_float32_matmul_precision(config.matmul_precision)
         if config.run.name is None:

@@ -428,7 +428,13 @@ class TokenDataModule(pl.LightningDataModule):
         Raises:
             FileNotFoundError, ValueError: as `setup`.
         """
-        self._open(self.directory or self._prepare(), stage)
+        directory = self.directory or self._prepare()
+        self._open(directory, stage)
+        if stage == "fit" and not (directory / "tokenizer" / "vocab.json").is_file():
+            raise FileNotFoundError(
+                f"{directory} has no tokenizer, of which each run keeps a copy: put the one that encoded it there, "
+                f"`cp -r TOKENIZER {directory}/tokenizer`"
+            )
 
     def _prepare(self) -> Path:
         from lm.prepare import prepare
@@ -533,9 +539,9 @@ class TokenDataModule(pl.LightningDataModule):
         changed = [f"{k}: checkpoint {saved.get(k)}, now {current[k]}" for k in compared if saved.get(k) != current[k]]
         if training and saved.get("batch_schedule"):  # which an earlier version had
             changed.append(f"batch_schedule: checkpoint {saved['batch_schedule']}, now there is none")
-        if changed and self.changed_data == "refuse":
-            raise ValueError(
-                "the checkpoint was trained on other data: "
-                + "; ".join(changed)
-                + " (--data.changed_data accept to go on)"
-            )
+        if not changed or self.changed_data == "accept":
+            return
+        advice = "--data.changed_data accept to go on"
+        if saved.get("tokenizer_sha256") != current["tokenizer_sha256"]:
+            advice = "its ids mean other tokens; validate --data.valid_text FILE encodes a text with the run's own"
+        raise ValueError(f"the checkpoint was trained with other data or batches: {'; '.join(changed)} ({advice})")

@@ -4,6 +4,7 @@ The loops, devices and precisions are Lightning's; every formula is this project
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
+from lm.checkpoint import load_model
 from lm.functional import cross_entropy
 from lm.model import NO_MORE, SAME_WEIGHTS, TransformerConfig, TransformerLM
 from lm.optim import AdamW, Muon, clip_gradients, cosine_schedule, trapezoid_schedule
@@ -274,10 +276,11 @@ class LanguageModel(LightningModule):
 
     def configure_model(self) -> None:
         """Build the network on the device, the same for the same seed; shard it where the strategy does so."""
-        if hasattr(self, "model"):
+        if hasattr(self, "compile_update"):
             return  # a second stage of the same trainer
-        reset_seed()  # whatever preparing the data has drawn from the generators
-        self.model = TransformerLM(self.transformer)
+        if not hasattr(self, "model"):  # that of a checkpoint
+            reset_seed()  # whatever preparing the data has drawn from the generators
+            self.model = TransformerLM(self.transformer)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"])
         compile_loss = self.compile_loss
@@ -394,6 +397,26 @@ class LanguageModel(LightningModule):
         self.log_dict(self.validation_result, logger=False, sync_dist=True)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | os.PathLike[str], map_location: Any = "cpu", **settings: Any
+    ) -> "LanguageModel":
+        """The module of a checkpoint, with its weights: to look at, to generate with, or to train from.
+
+        Args:
+            checkpoint_path: a checkpoint file, or a run's folder for its best one.
+            map_location: the device that the weights go to.
+            settings: of the recipe, which a checkpoint does not have: `optimizer`, `schedule`, `compile`.
+
+        Raises:
+            FileNotFoundError: no such file, or no good checkpoint in the folder.
+            CheckpointError: damaged, or not a checkpoint of this project.
+        """
+        model, _ = load_model(checkpoint_path, map_location)
+        module = cls(model.config, **settings)
+        module.model = model.train()
+        return module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the model's configuration as plain values: equal shapes do not make equal models (norm pre, post)."""

@@ -175,6 +175,28 @@ def run(
             print(f"  entropy floor: {record['entropy_bits_per_byte']:.4f} bits per byte")
 
 
+def prepare_validation(text: str | os.PathLike[str], tokenizer: Path, data_dir: str | os.PathLike[str]) -> Path:
+    """Encode a text with a tokenizer that there is, to validate a run on it; the directory, which has no other split.
+
+    Args:
+        text: a text file (.txt, .txt.gz, .txt.xz).
+        tokenizer: the run's, a directory.
+        data_dir: where datasets lie.
+
+    Raises:
+        FileNotFoundError: no such text or tokenizer.
+        ValueError: the text is empty, or no UTF-8.
+    """
+    path, loaded = _text_file("valid_text", text), Tokenizer.from_directory(tokenizer)
+    directory = Path(data_dir) / f"{path.name.partition('.')[0]}-for-{loaded.sha256[:8]}"
+    with _alone(directory), _advice([path]):
+        loaded.save(directory / "tokenizer")
+        stages = Stages(directory)
+        stages.note("tokenizer", {"result": loaded.sha256})
+        _encode(stages, "valid", path, progress=False)
+    return directory
+
+
 def dataset_name(text: str | os.PathLike[str]) -> str:
     """The name of the dataset of a text file.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jsonargparse import Namespace
@@ -442,6 +443,52 @@ def test_a_run_goes_on_and_is_validated_without_its_text(lm: Run, tmp_path: Path
     text.unlink()
     assert lm("validate") == 0
     assert lm("fit", "--config=logs/my/version_0/config.yaml") == 0
+
+
+def test_a_run_is_validated_on_any_text(
+    fit: Run, lm: Run, dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fit() == 0
+    capfd.readouterr()
+    assert lm("validate") == 0
+    own = capfd.readouterr().out
+    ids = np.load(dataset / "valid.npy")
+    (tmp_path / "same.txt").write_bytes(bytes((ids - 1).astype(np.uint8)))
+    (tmp_path / "other.txt").write_text("zebras quarrel\n" * 50)
+    assert lm("validate", "--data.valid_text=same.txt") == 0
+    assert capfd.readouterr().out == own
+    for _ in range(2):  # the second time it is encoded already
+        assert lm("validate", "--data.valid_text", "other.txt") == 0
+        other = capfd.readouterr()
+        assert other.out != own
+    assert other.err == ""
+    assert lm("validate", "--data.valid_text=none.txt") == 2
+    assert capfd.readouterr().err == "error: data.valid_text: there is no file none.txt\n"
+
+
+def test_what_is_typed_about_the_data_wins_over_a_runs_configuration(
+    fit: Run, lm: Run, dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fit() == 0
+    text = tmp_path / "new.txt"
+    text.write_text("the cat sat on a mat.\n" * 3000)
+    again = ("fit", f"--config={RUN}/config.yaml", "--run.name=new", "--data.vocab_size=300")
+    capfd.readouterr()
+    assert lm(*again, f"--data.train_text={text}") == 0
+    assert "\ndata  data/new: " in capfd.readouterr().out
+    assert lm(*again, f"--data.train_text={text}", f"--data.directory={dataset}") == 2
+    assert "one dataset is enough" in capfd.readouterr().err
+    assert lm("validate", f"--data.train_text={text}") == 2
+    assert "to validate on another text use --data.valid_text" in capfd.readouterr().err
+
+
+def test_a_dataset_without_a_tokenizer_leaves_no_run(
+    lm: Run, dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(dataset, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer"))
+    assert lm("fit", "--data.directory=bare", *SETTINGS) == 2
+    assert "`cp -r TOKENIZER bare/tokenizer`" in capfd.readouterr().err
+    assert not any(Path("logs").glob("*"))
 
 
 def test_a_run_is_validated_with_what_it_was_last_gone_on_with(

@@ -41,7 +41,7 @@ ONLY = {
     "lm.apart": [],
     "lm.rivals": ["lm.model"],
     "lm.checkpoint": ["lm.model", "tokenizer.files"],
-    "lm.module": ["lm.functional", "lm.model", "lm.optim"],
+    "lm.module": ["lm.checkpoint", "lm.functional", "lm.model", "lm.optim"],
 }
 USE_LIGHTNING = {"lm.data", "lm.module", "lm.control", "lm.callbacks", "lm.ranks", "lm.parser", "lm.cli"}
 RUN_RIVALS = {"lm.rivals", "lm.entrants", "tokenizer.rivals"}  # their job is to run other implementations beside ours

@@ -24,7 +24,7 @@ from toy import SETTINGS, make_dataset, rows
 
 from lm import cli
 from lm.checkpoint import load_model
-from lm.data import WindowOrder, get_batch, open_split
+from lm.data import TokenDataModule, WindowOrder, get_batch, open_split
 from lm.model import TransformerConfig, TransformerLM
 from lm.module import LanguageModel, LearningRate, OptimizerConfig, ScheduleConfig, TokenLoss, compiled
 from lm.optim import Muon
@@ -325,3 +325,18 @@ def test_a_loss_too_high_for_a_perplexity_is_no_crash() -> None:
     module.validation_loss.update(torch.tensor(1000.0), 3)
     module.on_validation_epoch_end()
     assert module.validation_result["val/loss"] == 1000
+
+
+def test_a_checkpoint_becomes_a_module_that_answers_and_trains_on(fit: Fit, dataset: Path) -> None:
+    assert fit() == 0
+    model, _ = load_model(RUN)
+    module = LanguageModel.load_from_checkpoint(RUN, optimizer=OptimizerConfig(lr=1e-2))
+    ids = torch.arange(1, 17)[None]
+    assert torch.equal(module(ids), model(ids))
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    data = TokenDataModule(directory=str(dataset), context_length=16, batch_size=4)
+    before = model.token_embeddings.weight
+    Trainer(accelerator="cpu", max_steps=2, limit_val_batches=1, use_distributed_sampler=False, **quiet).fit(
+        module, data
+    )
+    assert 0 < (module.model.token_embeddings.weight - before).abs().max() < 0.1, "from where it was"
