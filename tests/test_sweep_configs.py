@@ -71,7 +71,7 @@ def test_a_study_opens_with_its_question_and_its_commands(name: str) -> None:
     sweep = yaml.safe_load(text)
     assert "?" in head.split("\n#\n")[0]
     assert f" python -m lm sweep configs/sweeps/{name} --scale " in head
-    assert f"#   python -m lm report {sweep['study']}\n" in head + "\n"
+    assert f"#   python -m lm report {sweep['study']} --logs logs_cpu\n" in head + "\n"
     assert sweep["study"] == Path(name).stem
     assert len(sweep["seeds"]) == (1 if name.endswith("_rates.yaml") else 6 if name.endswith("_windows.yaml") else 3)
     assert tuple(sweep["scales"]) == (CPU_ONLY if name in ON_CPU else SCALES)
