@@ -121,12 +121,14 @@ def update_problems(trainer: Namespace, model: Namespace) -> list[str]:
         if trainer[name] is not None and trainer[name] < 1
     ]
     problems += [
-        f"trainer.{name}={trainer[name]}: the run would end before its first update; leave it out"
+        f"trainer.{name}={trainer[name]:g}: the run would end before its first update; leave it out"
         for name in ("max_epochs", "limit_train_batches")
         if trainer[name] == 0
     ]
     if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
-        problems.append(f"trainer.gradient_clip_val={trainer.gradient_clip_val} must be above 0, or 0 for no clipping")
+        problems.append(
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val:g} must be above 0, or 0 for no clipping"
+        )
     if trainer.overfit_batches:
         problems.append(f"trainer.overfit_batches={trainer.overfit_batches}: train on a short text instead")
     if trainer.gradient_clip_algorithm == "value":
