@@ -5,6 +5,8 @@ configuration), then each `--config` in order, then the command line. What is wr
 before any data is touched.
 """
 
+import contextlib
+import io
 import itertools
 import logging
 import os
@@ -143,13 +145,16 @@ def batches_between_validations(validate_every_n_steps: int, accumulate_grad_bat
 class CLI(LightningCLI):
     """`fit` and `validate` with this project's model, data and run control."""
 
-    def __init__(self, started: float, signals: Signals, defaults: dict[str, list[str]]) -> None:
+    def __init__(
+        self, started: float, signals: Signals, defaults: dict[str, list[str]], argv: list[str] | None = None
+    ) -> None:
         """Parse the command line and run what it says.
 
         Args:
             started: `time.monotonic()` when the process began.
             signals: the process's, installed.
             defaults: configuration files per subcommand, below everything typed.
+            argv: the command line; default, the process's own.
         """
         self.started, self.signals = started, signals
         self.resumed: Path | None = None
@@ -172,6 +177,7 @@ class CLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            args=argv,
         )
 
     @staticmethod
@@ -341,6 +347,34 @@ class CLI(LightningCLI):
         self.trainer.validate(**kwargs | {"verbose": False})
         if self.trainer.is_global_zero:
             print(f"{kwargs['ckpt_path'] or 'untrained model'}\n{figures(self.model.validation_result)}")
+
+
+class ParseOnly(CLI):
+    """Parses the settings, builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+def what_is_refused(commands: list[list[str]]) -> list[list[str]]:
+    """What is wrong with each of these command lines of `fit`, as far as it can be known before any data is touched."""
+    with warnings.catch_warnings(action="ignore"):  # Lightning's, that the process has a command line of its own
+        parser = ParseOnly(time.monotonic(), Signals(), default_configs(["fit"]), ["fit"]).parser
+    found = []
+    for command in commands:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                found.append(find_problems(parser.parse_args(command).fit, "fit"))
+        except SystemExit:
+            found.append([line.removeprefix("error: ") for line in said.getvalue().splitlines()])
+    return found
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -450,11 +450,15 @@ def failures(study: Path, runs: Sequence[Run]) -> dict[str, str]:
     found = {}
     for record in sorted(study.rglob("record.json")):
         if record.parent not in done and read_mapping(record, json.loads).get("status") == "failed":
-            output = record.with_name("output.txt")
-            said = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
-            [*_, last] = ["it said nothing", *said.rstrip().splitlines()]
-            found[record.parent.relative_to(study).as_posix()] = last
+            found[record.parent.relative_to(study).as_posix()] = last_words(record.parent)
     return found
+
+
+def last_words(folder: Path) -> str:
+    """The last line that a run of a sweep printed."""
+    output = folder / "output.txt"
+    said = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
+    return ["it said nothing", *said.rstrip().splitlines()][-1]
 
 
 def report(study: str, logs: str = "logs", against: str = "") -> None:

@@ -39,7 +39,7 @@ from typing import IO, Any
 from lm import DIVERGED_EXIT_CODE, default_config
 from lm.accounting import read_settings
 from lm.checkpoint import InUseError, lock_run, newest_config
-from lm.report import by_version, flatten
+from lm.report import by_version, flatten, last_words
 from tokenizer.files import atomic_write
 
 KINDS: dict[str, type] = {
@@ -302,7 +302,9 @@ def make(run: PlannedRun, logs: str, device: str | None, threads: int | None) ->
         return Outcome(f"left to {error.holder}, which makes it just now", failed=run.meets_another(logs))
     copied = f", copied from {record['copied_from']}" if "copied_from" in record else ""
     told = f"{record['status']} in {record['seconds']:.0f} s{copied}"
-    return Outcome(told, failed=record["status"] not in DONE)
+    if record["status"] in DONE:
+        return Outcome(told, failed=False)
+    return Outcome(f"{told}: {last_words(folder)}", failed=True)
 
 
 def clash(runs: list[PlannedRun], logs: str, scale: str | None) -> str | None:
@@ -317,6 +319,18 @@ def clash(runs: list[PlannedRun], logs: str, scale: str | None) -> str | None:
     )
 
 
+def refusals(runs: list[PlannedRun], logs: str) -> dict[str, list[PlannedRun]]:
+    """What `fit` will refuse: each line about it, and the runs that it is said of."""
+    from lm.cli import what_is_refused
+
+    found: dict[str, list[PlannedRun]] = {}
+    commands = [run.arguments(logs)[2:] for run in runs]
+    for run, problems in zip(runs, what_is_refused(commands), strict=True):
+        for problem in problems:
+            found.setdefault(problem, []).append(run)
+    return found
+
+
 def sweep(
     file: str,
     scale: str | None = None,
@@ -327,6 +341,8 @@ def sweep(
     logs: str = "logs",
 ) -> None:
     """Run every run of a sweep file that has no result yet; a failed run is recorded and does not stop the others.
+
+    What `fit` will refuse is said before the first run, and if that is all of them, none is run.
 
     Several sweeps may share a file and a folder: each run is made by one of them. A result counts only if all its
     settings are the same: where a run's folder holds another experiment (scale, texts, an edited file, the settings of
@@ -344,20 +360,25 @@ def sweep(
             (`report` takes it, too); where a run's folder holds another experiment, nothing is run.
 
     Raises:
-        ValueError: a run's folder holds the result of another experiment; names the first.
+        ValueError: a run's folder holds the result of another experiment; names the first. Or `fit` refuses every run.
     """
     runs = plan(Path(file), scale, texts)
     problem = clash(runs, logs, scale)
     if problem and not dry_run:
         raise ValueError(problem)
+    waiting = [run for run in runs if run.status(logs) not in DONE]
+    refused = refusals(waiting, logs)
+    for line in [problem] if problem else []:
+        print(f"warning: {line}", file=sys.stderr)
+    for line, those in refused.items():
+        print(f"warning: {len(those)} of {len(runs)} runs, {those[0].name} the first: {line}", file=sys.stderr)
     if dry_run:
-        if problem:
-            print(f"warning: {problem}", file=sys.stderr)
         for run in runs:
             print("python", shlex.join(run.arguments(logs)))
         return
-    waiting = [run for run in runs if run.status(logs) not in DONE]
     print(f"{file}: {len(runs)} runs, {len(runs) - len(waiting)} of them done before")
+    if waiting and {run for those in refused.values() for run in those} == {*waiting}:
+        raise ValueError(f"{file}: no run can be made; mend what the warnings say")
     slots: SimpleQueue[str | None] = SimpleQueue()
     for device in [name.strip() for name in devices.split(",")] if devices else [None] * jobs:
         slots.put(device)

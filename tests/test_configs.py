@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lm.accounting import FIT_KEYS, config_from_yaml, read_settings
-from lm.cli import CLI, default_configs
+from lm.cli import CLI, ParseOnly, default_configs
 from lm.control import Signals
 from lm.model import TransformerConfig
 from lm.problems import find_problems
@@ -18,16 +18,6 @@ ROOT = Path(__file__).parents[1]
 LEADERBOARD = ROOT / "configs" / "leaderboard.yaml"
 BASES = sorted(path for path in ROOT.glob("configs/*.yaml") if path != LEADERBOARD)
 ABLATIONS = sorted(ROOT.glob("configs/ablations/*.yaml"))
-
-
-class ParseOnly(CLI):
-    """Parses and checks the settings, builds nothing."""
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
 
 
 def make_cli(monkeypatch: pytest.MonkeyPatch) -> CLI:

@@ -1,5 +1,6 @@
 """A sweep plans the runs its file says, skips what is done, and records failures without stopping."""
 
+import contextlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ def write(path: Path, content: dict[str, object]) -> Path:
 
 @pytest.fixture
 def grid(tmp_path: Path) -> Path:
-    write(tmp_path / "base.yaml", {})
+    write(tmp_path / "base.yaml", {"model": {"schedule": {"warmup_steps": 2}}})
     write(tmp_path / "post.yaml", {})
     return write(
         tmp_path / "sweep.yaml",
@@ -31,7 +32,10 @@ def grid(tmp_path: Path) -> Path:
             "study": "learning_rate",
             "configs": ["base.yaml"],
             "grid": {"model.optimizer.lr": [0.1, 0.01]},
-            "runs": [{"name": "pre"}, {"name": "post", "configs": ["post.yaml"], "settings": {"model.depth": 3}}],
+            "runs": [
+                {"name": "pre"},
+                {"name": "post", "configs": ["post.yaml"], "settings": {"model.transformer.d_ff": 3}},
+            ],
             "seeds": [0, 1],
             "scales": {"cpu": {"trainer.max_steps": 5}, "gpu": {"configs": ["post.yaml"]}},
         },
@@ -45,7 +49,7 @@ def test_plan_is_the_product_of_variants_grid_and_seeds(grid: Path) -> None:
     assert runs[0].name == "pre-lr_0.1-seed_0"
     assert dict(runs[-1].settings) == {
         "trainer.max_steps": 5,
-        "model.depth": 3,
+        "model.transformer.d_ff": 3,
         "model.optimizer.lr": 0.01,
         "seed_everything": 1,
         "data.seed": 1,
@@ -120,7 +124,16 @@ def test_no_yaml_and_no_mapping_is_one_line(
 
 def test_two_runs_of_one_name_are_refused(grid: Path) -> None:
     content = yaml.safe_load(grid.read_text()) | {"grid": {}, "seeds": [0]}
-    write(grid, content | {"runs": [{"settings": {"model.depth": 3}}, {"settings": {"model.depth": 4}}]})
+    write(
+        grid,
+        content
+        | {
+            "runs": [
+                {"settings": {"model.transformer.d_ff": 3}},
+                {"settings": {"model.transformer.d_ff": 4}},
+            ]
+        },
+    )
     with pytest.raises(ValueError, match=r"sweep\.yaml: more than one run would go to learning_rate/seed_0; give each"):
         plan(grid, "cpu")
     write(grid, content)
@@ -135,6 +148,25 @@ def test_dry_run_prints_commands_a_shell_takes(grid: Path, capsys: pytest.Captur
     assert len(lines) == 8
     assert lines[0].startswith("python -m lm fit --config ")
     assert "--trainer.max_steps 5 --model.optimizer.lr 0.1 --seed_everything 0" in lines[0]
+
+
+def test_what_will_be_refused_is_said_before_the_first_run(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lm.sweep.subprocess", finish(tmp_path / "logs", "finished"))
+    content = yaml.safe_load(grid.read_text())
+    write(grid, content | {"grid": {"model.transformer.num_heads": [3, 4]}})
+    sweep(str(grid), scale="cpu", logs=str(tmp_path / "logs"))
+    said = capsys.readouterr()
+    line = "num_heads=3 must divide d_model=128"
+    assert said.err == f"warning: 4 of 8 runs, pre-num_heads_3-seed_0 the first: model.transformer: {line}\n"
+    assert said.out.count(": finished in ") == 8, "they are tried all the same"
+    write(grid, content | {"study": "mine", "grid": {"model.optimzer.lr": [1, 2]}})
+    for dry_run in (True, False):
+        with contextlib.nullcontext() if dry_run else pytest.raises(ValueError, match="no run can be made"):
+            sweep(str(grid), scale="cpu", dry_run=dry_run, logs=str(tmp_path / "logs"))
+        assert "8 of 8 runs, pre-lr_1-seed_0 the first: --model.optimzer.lr is no option" in capsys.readouterr().err
+    assert not (tmp_path / "logs/mine").exists()
 
 
 def finish(logs: Path, status: str) -> SimpleNamespace:
@@ -186,10 +218,10 @@ def test_the_result_of_another_experiment_is_not_taken_for_this_ones(
     monkeypatch.setattr("lm.sweep.subprocess", None)
     scale = "gpu" if change == "scale" else "cpu"
     if change == "file":
-        content["runs"][1]["settings"] = {"model.depth": 4}
+        content["runs"][1]["settings"] = {"model.transformer.d_ff": 4}
         write(grid, content)
     if change == "config":
-        write(tmp_path / "base.yaml", {"model": {"width": 64}})
+        write(tmp_path / "base.yaml", {"model": {"schedule": {"warmup_steps": 3}}})
     words = ["sweep", str(grid), "--scale", scale, "--logs", str(logs)]
     words += ["--texts", str(texts)] if change == "texts" else []
     capsys.readouterr()

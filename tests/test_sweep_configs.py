@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lm.cli import CLI, default_configs
+from lm.cli import CLI, ParseOnly, default_configs
 from lm.control import Signals
 from lm.problems import find_problems
 from lm.sweep import PlannedRun, plan
@@ -28,16 +28,6 @@ BOARD = (
 ON_CPU = BOARD[3:]  # what leaderboard.yaml shows on a GPU anyway
 SCALES, CPU_ONLY = ("cpu", "gpu"), ("cpu",)
 STUDIES = [(name, scale) for name in ALL for scale in SCALES]
-
-
-class ParseOnly(CLI):
-    """Parses and checks the settings, builds nothing."""
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
