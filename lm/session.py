@@ -77,7 +77,7 @@ def read_prompts(prompt: str | None, prompts: Path | None) -> list[str]:
     """The lines of the file `prompts`; without one `prompt`, or else what stdin has; arguments as of `run`.
 
     Raises:
-        ValueError: the file is empty or no UTF-8.
+        ValueError: the file is empty, or one of them is no UTF-8.
     """
     if prompts is not None:
         try:
@@ -87,9 +87,13 @@ def read_prompts(prompt: str | None, prompts: Path | None) -> list[str]:
         if not lines:
             raise ValueError(f"{prompts} is empty: write one prompt a line")
         return lines.removesuffix("\n").split("\n")  # splitlines() would cut within a prompt too, at U+2028 and others
-    if prompt is not None:
-        return [prompt]
-    return ["" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")]
+    try:
+        if prompt is None:
+            prompt = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+        prompt.encode()  # of other bytes Python may have made lone surrogates
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"the prompt is not UTF-8 at character {error.start}: convert it, e.g. with iconv") from None
+    return [prompt]
 
 
 def print_samples(

@@ -228,6 +228,8 @@ def test_figures_that_cannot_be_compared_stay_as_they_are(tmp_path: Path, monkey
         with pytest.raises(ValueError, match=f"{message}.*: name another file, or replace it with --anew"):
             machine.bench(json_path=path)
         assert json.loads(path.read_text()) == other
+    path.write_text(json.dumps({**result, "machine": {**result["machine"], "platform": "another kernel"}}))
+    assert machine.bench(json_path=path) == [], "the same machine, which has them all"
     path.write_text(json.dumps(result))
     with pytest.raises(ValueError, match="in another setting"):
         machine.bench(json_path=path, rounds=99)

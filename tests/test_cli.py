@@ -1,11 +1,13 @@
 """The command line: what is listed, what is refused and how, what a bare command takes."""
 
+import contextlib
 import io
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,6 +117,16 @@ def test_windows_is_told_where_it_runs(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1 and "WSL2" in err
+
+
+def test_an_interrupt_while_libraries_are_imported_ends_the_process_and_nothing_else() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with __main__.importing():
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == before
+    with contextlib.suppress(ZeroDivisionError), __main__.importing():
+        print(1 / 0)
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_every_tool_that_is_listed_is_there() -> None:

@@ -398,6 +398,8 @@ def test_command_continues_a_file_of_prompts(
     (tmp_path / "prompts.txt").write_bytes("Käse".encode("latin-1"))
     with pytest.raises(ValueError, match="txt is not UTF-8 at byte 1: convert it, e"):
         command.run(prompts=tmp_path / "prompts.txt", ckpt=checkpoint)
+    with pytest.raises(ValueError, match="the prompt is not UTF-8 at character 3: convert it, e"):
+        command.run(prompt="caf\udce9", ckpt=checkpoint)
 
 
 def session(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, *lines: str) -> None:
