@@ -87,6 +87,7 @@ def test_handouts_time_on_one_a100() -> None:
         ("NVIDIA L4", "bfloat16", 121),
         ("NVIDIA A10G", "bfloat16", 70),
         ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
+        ("NVIDIA GeForce RTX 4090 D", "bfloat16", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16", None),
         ("Tesla V100-SXM2-16GB", "bfloat16", None),

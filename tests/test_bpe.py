@@ -25,6 +25,7 @@ from timing import ALMOST_LINEAR, slope_of
 from tokenizer import Tokenizer, bpe, reference
 from tokenizer.bpe import BytesEncoder, merge_pretoken
 from tokenizer.kernels import PADDING, lists, strings
+from tokenizer.kernels.keys import hash_bytes
 from tokenizer.pretokenize import PATTERN, unicode_classes
 
 END = "<|endoftext|>"
@@ -224,6 +225,10 @@ class TestSpecialTokens:
         assert ids == [tokenizer.special_ids["a"] if c == "a" else 1 + ord(c) for c in "banana"]
         assert tokenizer.decode(ids) == "banana"
 
+    def test_one_that_has_several_ids_is_the_lowest(self, small: Tokenizer) -> None:
+        tokenizer = Tokenizer({**small.vocab, 400: END.encode()}, small.merges, SPECIALS)
+        assert tokenizer.encode(END) == small.encode(END)
+
     @pytest.mark.parametrize("special_tokens", [[""], ["x", "x"], "x"])
     def test_bad_ones_are_refused(self, small: Tokenizer, special_tokens: list[str]) -> None:
         with pytest.raises(ValueError, match="special_tokens"):
@@ -350,6 +355,13 @@ class TestDecode:
         assert tokenizer.decode([400] * 100) == "far" * 100
         with pytest.raises(ValueError, match="id 350"):
             tokenizer.decode([350] * 100)
+
+    def test_a_text_that_just_fits_the_room_for_it(self, small: Tokenizer, compiled: Tokenizer) -> None:
+        assert compiled._compiled is not None
+        room = len(compiled._compiled._room)
+        for size in (room - 15, room):
+            text = compiled.decode(small.encode("b") * size)
+            assert text.count("b") == len(text) == size
 
     def test_invalid_utf8_is_replaced(self, small: Tokenizer) -> None:
         byte = {small.vocab[i]: i for i in reversed(range(small.vocab_size))}
@@ -617,6 +629,16 @@ class TestCache:
         assert sum(won) == len(words)
         assert taken[0] == 3 * 4 * len(words)
 
+    def test_long_pretokens_of_one_hash_have_each_their_own_ids(self, small: Tokenizer, compiled: Tokenizer) -> None:
+        words = ["jntxbqdvaaaaaaaa", "yydfcsxfkexrnukc"]
+        assert len({int(hash_bytes(np.frombuffer(word.encode(), np.uint8), 0, 16)) for word in words}) == 1
+        assert compiled.encode("\n".join(words)) == small.encode("\n".join(words))
+
+    def test_a_token_that_no_merge_makes_is_no_word_of_the_vocabulary(self) -> None:
+        tokenizer = Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"abcd"}, [])
+        tokenizer.compile()
+        assert tokenizer.encode("wxyz\nabcd") == list(b"wxyz\nabcd")
+
     def test_a_vocabulary_larger_than_the_cache(self, small: Tokenizer) -> None:
         encoder = BytesEncoder(small, first_slots=1 << 8, max_slots=1 << 8)
         encoder.learn_vocabulary(small)
@@ -677,6 +699,11 @@ class TestConstruction:
         assert tokenizer._compiled is not None
         assert tokenizer._compiled.encoder._rules.first_product == -1
         assert [tokenizer.encode(text) for text in texts] == expected
+
+    def test_of_a_repeated_merge_the_first_counts(self, small: Tokenizer) -> None:
+        vocab = {**small.vocab, 400: b"qx", 401: b"xz"}
+        tokenizer = Tokenizer(vocab, [(b"q", b"x"), (b"x", b"z"), (b"q", b"x")])
+        assert tokenizer.encode("qxz") == [400, *small.encode("z")]
 
     def test_importing_and_small_work_load_neither_numba_nor_torch(self) -> None:
         code = (

@@ -92,12 +92,12 @@ class TestIds:
         assert record["num_bytes"] == sum(len(text.encode()) for text in texts)
 
     @pytest.mark.parametrize("compressed", [False, True])
-    @pytest.mark.parametrize("count", [1, 2, 3, 30])
+    @pytest.mark.parametrize("count", [1, 2, 3, 7, 30])
     def test_shards_concatenate(
         self, tokenizer: Tokenizer, tmp_path: Path, tiny_chunks: None, count: int, compressed: bool
     ) -> None:
-        texts = [random_text(3, 200), "", random_text(4, 3), random_text(5, 60)]
-        paths = [tmp_path / f"{i}.{suffix}" for i, suffix in enumerate(("txt.gz", "txt.xz", "txt", "txt.gz"))]
+        texts = [random_text(3, 200), "", random_text(4, 3), random_text(5, 60)] * 2  # two equal halves
+        paths = [tmp_path / f"{i}.{suffix}" for i, suffix in enumerate(("txt.gz", "txt.xz", "txt", "txt.gz") * 2)]
         if not compressed:
             paths = [path.with_suffix("") for path in paths]
         for path, text in zip(paths, texts, strict=True):
@@ -159,7 +159,18 @@ class TestRecord:
 
     @pytest.mark.parametrize(
         ("text", "documents"),
-        [("", 0), ("\n \n", 0), ("a", 1), (f"a{END}", 1), (f"a{END}\n", 1), (f"a{END}\nb", 2), (END, 1), (END * 3, 3)],
+        [
+            ("", 0),
+            ("\n \n", 0),
+            ("a", 1),
+            (f"a{END}", 1),
+            (f"a{END}\n", 1),
+            (f"a{END}\nb", 2),
+            (END, 1),
+            (END * 3, 3),
+            ("low" * 30 + "\n", 1),
+            (END + "\n" * 200 + "a" + "\n" * 200, 2),
+        ],
     )
     def test_counts_documents(
         self, tokenizer: Tokenizer, tmp_path: Path, tiny_chunks: None, text: str, documents: int
@@ -396,18 +407,25 @@ class TestInterruption:
             with pytest.raises(ValueError, match="another process"):
                 encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy")
 
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
     @pytest.mark.parametrize("call", ["pwrite", "fsync", "replace", "ftruncate"])
     def test_a_full_disk_leaves_nothing_behind(
-        self, tokenizer: Tokenizer, tmp_path: Path, tiny_chunks: None, monkeypatch: pytest.MonkeyPatch, call: str
+        self,
+        tokenizer: Tokenizer,
+        tmp_path: Path,
+        tiny_chunks: None,
+        monkeypatch: pytest.MonkeyPatch,
+        call: str,
+        number: int,
     ) -> None:
         (tmp_path / "x.txt").write_bytes(random_text(1, 300).encode())
         (tmp_path / "x.npy").write_bytes(b"old")
 
         def fail(*args: Any) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(encode.os, call, fail)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=os.strerror(number)):
             encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy", num_threads=2)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npy", "x.txt"]
         assert (tmp_path / "x.npy").read_bytes() == b"old"
@@ -415,8 +433,9 @@ class TestInterruption:
     def test_too_little_room_is_seen_from_the_first_chunk(
         self, tokenizer: Tokenizer, tmp_path: Path, tiny_chunks: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (tmp_path / "x.txt").write_bytes(random_text(1, 3000).encode())
-        usage = type("Usage", (), {"free": 1000})
+        text = "low " * 4000
+        (tmp_path / "x.txt").write_text(text)
+        usage = type("Usage", (), {"free": 2 * len(tokenizer.encode(text)) * 9 // 10})
         monkeypatch.setattr(encode.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(OSError, match=r"needs about .* MB more"):
             encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy")
@@ -476,6 +495,17 @@ def test_ids_are_on_the_device_before_anything_says_that_they_are_there(
         assert ("flush", ids, "") in calls[written:i]
     described = [name for _, _, name in calls].index("meta.json")
     assert ("flush", tmp_path.stat().st_ino, "") in calls[named[-1] : described]
+
+
+def test_the_journal_of_another_job_is_gone_from_the_device_before_anything_is_written(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.txt").write_text("low")
+    (tmp_path / ".x.npy.journal").write_text("{}")
+    calls = disk_calls(monkeypatch)
+    encode_files(tokenizer, tmp_path / "x.txt", tmp_path / "x.npy")
+    written = [what for what, _, _ in calls].index("write")
+    assert ("flush", tmp_path.stat().st_ino, "") in calls[:written]
 
 
 def test_nothing_remains_of_a_journal_that_was_being_written(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -128,7 +128,10 @@ def rewrite_json(path: Path, change) -> None:
     ("change", "entry"),
     [
         (lambda d: d.update(normalizer={"type": "NFC"}), "normalizer"),
+        (lambda d: d.update(truncation={"max_length": 9}), "truncation"),
+        (lambda d: d.update(padding={"pad_id": 0}), "padding"),
         (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "pre_tokenizer"),
+        (lambda d: d["pre_tokenizer"].pop("add_prefix_space"), "pre_tokenizer"),  # which is true then
         (lambda d: d["pre_tokenizer"].update(use_regex=False), "pre_tokenizer"),
         (lambda d: d.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+)+$"}}), "pre_tokenizer"),
         (lambda d: d.update(pre_tokenizer=None), "pre_tokenizer"),
@@ -143,7 +146,9 @@ def rewrite_json(path: Path, change) -> None:
         (lambda d: d["model"].update(merges=3), "model.merges"),
         (lambda d: d["model"]["merges"].append(["a"]), "model.merges"),
         (lambda d: d["model"]["merges"].append(["q", "zz"]), "model.merges"),
+        (lambda d: d["added_tokens"][0].update(single_word=True), "added_tokens"),
         (lambda d: d["added_tokens"][0].update(lstrip=True), "added_tokens"),
+        (lambda d: d["added_tokens"][0].update(rstrip=True), "added_tokens"),
         (lambda d: d["added_tokens"][0].update(id=7), "added_tokens"),
         (lambda d: d["added_tokens"].append(4), "added_tokens"),
     ],
@@ -211,6 +216,19 @@ def test_corrupt_merges_name_the_line(folder: Path, line: str | None, cause: str
         Tokenizer.from_directory(folder)
     assert f"{path}: line {len(lines) + 1}: " in str(error.value)
     assert cause in str(error.value)
+
+
+def test_merges_may_have_the_line_ends_of_windows(tokenizer: Tokenizer, folder: Path) -> None:
+    lines = (folder / "merges.txt").read_bytes().splitlines()
+    (folder / "merges.txt").write_bytes(b"\r\n".join([*lines, b""]))
+    assert same(Tokenizer.from_directory(folder), tokenizer)
+
+
+def test_a_merge_may_begin_as_the_first_line_does(tmp_path: Path) -> None:
+    vocab = dict(enumerate([*(bytes([byte]) for byte in range(256)), b"#version", b"ab", b"#versions"]))
+    merges = [(b"a", b"b"), (b"#version", b"s")]
+    files.write_gpt2(tmp_path, vocab, merges, [])
+    assert files.read_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt") == (vocab, merges)
 
 
 def test_a_folders_name_may_have_braces(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -351,6 +369,12 @@ class TestAtomicWrite:
             raise error
         assert [path.name for path in tmp_path.iterdir()] == ["x"]
         assert (tmp_path / "x").read_text() == "old"
+
+    def test_an_error_names_the_file_and_not_its_part(self, tmp_path: Path) -> None:
+        (tmp_path / "x").mkdir()
+        with pytest.raises(IsADirectoryError) as error, files.atomic_write(tmp_path / "x") as file:
+            file.write(b"1")
+        assert error.value.filename == str(tmp_path / "x")
 
     def test_survives_a_failure_of_any_call(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The n-th call to the system fails, n = 1, 2, ...: always the old or the new file, never a part."""

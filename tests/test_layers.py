@@ -156,6 +156,12 @@ def test_rope_tables_stay_float32():
     assert rope(torch.randn(5, 16).bfloat16(), torch.arange(5)).dtype == torch.bfloat16
 
 
+def test_rope_is_exact_far_from_the_beginning():
+    rope = RotaryPositionalEmbedding(10_000.0, 64, 4096)
+    exact = [math.cos(4095 * 10_000.0 ** (-i / 64)) for i in range(0, 64, 2)]
+    torch.testing.assert_close(rope.cos[-1], torch.tensor(exact), rtol=0, atol=1e-6)
+
+
 def test_rope_refuses_an_odd_size():
     with pytest.raises(ValueError, match="d_k=5 must be even"):
         RotaryPositionalEmbedding(10_000.0, 5, 8)

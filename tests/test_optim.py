@@ -496,6 +496,13 @@ def test_clipping_a_generator_and_nothing():
     torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]))
 
 
+def test_clipping_a_norm_just_above_the_bound():
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.tensor([1.005])
+    clip_gradients([parameter], 1.0)
+    assert parameter.grad.item() == pytest.approx(1.0, abs=1e-5)
+
+
 def test_clipping_shows_an_infinite_norm():
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([1.0, math.inf])

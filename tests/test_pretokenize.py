@@ -151,6 +151,13 @@ def test_text_without_a_place_to_cut_is_one_chunk() -> None:
     assert finder.find("中\n".encode(), 0, 4) == 3
 
 
+@pytest.mark.parametrize("chunk_bytes", range(1, 12))
+def test_a_run_of_white_space_is_not_cut_after_a_character_of_many_bytes(tmp_path: Path, chunk_bytes: int) -> None:
+    text = "a\u2003\n b " * 9
+    path = written(tmp_path, text.encode())
+    assert counted(path, [], chunk_bytes=chunk_bytes) == reference.count_pretokens(text, [])
+
+
 def test_several_files_are_one_text_each(tmp_path: Path) -> None:
     paths = [written(tmp_path, b"ab ab", "1.txt"), written(tmp_path, b"ab", "2.txt")]
     assert counted(paths, []) == counted(paths[::-1], []) == {b"ab": 2, b" ab": 1}
@@ -259,7 +266,12 @@ def test_bad_arguments(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda path: path.write_bytes(b"b " * 50), lambda path: path.write_bytes(b"b " * 70_000)]
+    "change",
+    [
+        lambda path: path.write_bytes(b"b " * 50),
+        lambda path: path.write_bytes(b"b " * 70_000),
+        lambda path: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1)),  # another text may be as long
+    ],
 )
 def test_a_file_that_changes_is_noticed(tmp_path: Path, change) -> None:
     path = written(tmp_path, b"a " * 60_000)

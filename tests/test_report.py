@@ -10,7 +10,15 @@ import pytest
 import yaml
 
 from lm.__main__ import main
-from lm.report import find_runs, group_by_settings, highest_shown, read_metrics, report, varied_settings
+from lm.report import (
+    find_runs,
+    group_by_settings,
+    highest_shown,
+    numeric_setting,
+    read_metrics,
+    report,
+    varied_settings,
+)
 
 
 def write_run(study: Path, name: str, lr: float, seed: int, losses: list[float], status: str = "finished") -> Path:
@@ -71,6 +79,12 @@ def test_curves_are_drawn_the_same_twice(study: Path) -> None:
     report("learning_rate", logs=str(study.parent))
     assert (study / "loss_by_steps.svg").read_bytes() == first
     assert (study / "loss_by_wall_clock.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_values_of_a_setting_are_no_curve(study: Path) -> None:
+    groups = group_by_settings(find_runs(study))
+    assert numeric_setting(groups) == "model.optimizer.lr"
+    assert numeric_setting(groups[:2]) is None
 
 
 def test_a_numeric_setting_gets_a_picture_of_its_own(study: Path) -> None:

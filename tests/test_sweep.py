@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import pytest
 import yaml
@@ -57,17 +58,28 @@ def test_plan_is_the_product_of_variants_grid_and_seeds(grid: Path) -> None:
     assert [Path(name).name for name in runs[-1].configs] == ["base.yaml", "post.yaml"]
 
 
+def test_a_value_with_a_slash_names_no_folder_of_its_own(grid: Path) -> None:
+    write(grid, {"study": "texts", "grid": {"data.train_text": ["texts/a.txt"]}})
+    assert [run.name for run in plan(grid)] == ["train_text_texts_a.txt-seed_0"]
+
+
 def test_a_scale_may_add_configs(grid: Path) -> None:
     assert [Path(name).name for name in plan(grid, "gpu")[0].configs] == ["base.yaml", "post.yaml"]
 
 
 def test_a_variant_may_have_its_own_scales(grid: Path) -> None:
     content = yaml.safe_load(grid.read_text())
-    content["runs"] = [{"name": "long", "scales": {"cpu": {"configs": ["post.yaml"], "trainer.max_steps": 9}}}]
+    content["runs"] = [
+        {
+            "name": "long",
+            "settings": {"trainer.max_steps": 7},
+            "scales": {"cpu": {"configs": ["post.yaml"], "trainer.max_steps": 9}},
+        }
+    ]
     write(grid, content)
     cpu, gpu = plan(grid, "cpu")[0], plan(grid, "gpu")[0]
     assert dict(cpu.settings)["trainer.max_steps"] == 9
-    assert "trainer.max_steps" not in dict(gpu.settings)
+    assert dict(gpu.settings)["trainer.max_steps"] == 7
     assert [Path(name).name for name in cpu.configs] == ["base.yaml", "post.yaml"]
 
 
@@ -277,6 +289,17 @@ def test_a_killed_sweep_has_said_whose_checkpoints_it_leaves(
     assert (record["status"], record["experiment"]) == ("started", run.experiment)
 
 
+def test_what_a_run_says_is_added_to_what_it_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(command: list[str], stdout: IO[bytes], **_: object) -> SimpleNamespace:
+        stdout.write(b"out of memory\n")
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr("lm.sweep.subprocess", SimpleNamespace(run=failing, STDOUT=subprocess.STDOUT))
+    for _ in range(2):
+        execute(PlannedRun("study", "run", (), ()), str(tmp_path), None)
+    assert (tmp_path / "study" / "run" / "output.txt").read_text() == "out of memory\n" * 2
+
+
 def test_a_run_of_a_job_array_is_known_by_its_configuration(grid: Path, tmp_path: Path) -> None:
     """It has no record; the data section of its config.yaml names what was made of the text."""
     logs = tmp_path / "logs"
@@ -384,6 +407,17 @@ def test_the_device_reaches_the_process(tmp_path: Path, monkeypatch: pytest.Monk
     assert seen[0]["CUDA_VISIBLE_DEVICES"] == "2"
     assert os.environ.get("CUDA_VISIBLE_DEVICES") != "2"
     assert sys.executable
+
+
+def test_blanks_between_the_names_of_devices_do_not_count(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, stub = [], finish(tmp_path, "finished")
+    end = stub.run
+    stub.run = lambda command, env, **_: seen.append(env["CUDA_VISIBLE_DEVICES"]) or end(command)
+    monkeypatch.setattr("lm.sweep.subprocess", stub)
+    sweep(str(grid), scale="cpu", logs=str(tmp_path), devices=" 0 , 1")
+    assert set(seen) == {"0", "1"}
 
 
 def test_texts_of_ones_own_replace_the_corpus(grid: Path, tmp_path: Path) -> None:
