@@ -41,10 +41,11 @@ Train a model. With nothing else, a small one on the built-in corpus, for a few 
   python -m lm fit --data.train_text my.txt --run.max_minutes 10
   python -m lm fit --config configs/owt.yaml --resume auto""",
     "validate": """\
-The loss over the whole validation set: of the newest run's best checkpoint, or of another one's.
+The loss over the whole validation set, or another text: of the newest run's best checkpoint, or of another one.
 
   python -m lm validate
-  python -m lm validate --ckpt_path logs/builtin/version_0""",
+  python -m lm validate --ckpt_path logs/builtin/version_0
+  python -m lm validate --data.valid_text other.txt""",
 }
 
 # The help's headings, in its order; the key is the first option of its group.
