@@ -47,10 +47,11 @@ from lm.device import device_name
 from lm.module import LanguageModel
 from lm.options import discard, fail, is_first_rank, say
 from lm.parser import DESCRIPTIONS, Parser, check_sections
-from lm.prepare import dataset_name, prepare_validation
+from lm.prepare import prepare_validation
 from lm.problems import checkpoint_problems, find_problems
 from lm.ranks import end_ranks, end_with, find_culprit, make_strategy, watched_ranks
 from lm.report import by_version
+from lm.texts import dataset_name
 from tokenizer.files import atomic_write
 from tokenizer.options import in_one_line
 

@@ -5,19 +5,12 @@ skipped: calling this again costs nothing, an interrupted preparation goes on, a
 """
 
 import contextlib
-import errno
 import fcntl
-import gzip
 import hashlib
 import json
-import lzma
-import mmap
 import os
-import re
-import shutil
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +19,10 @@ from typing import Any
 
 from lm import VOCAB_SIZES, grammar
 from lm.download import decompress, download
+from lm.texts import advice, check_text, dataset_name, hold_out
 from tokenizer.bpe import Tokenizer
-from tokenizer.chunks import InvalidTextError
 from tokenizer.encode import encode_files
-from tokenizer.files import END_OF_TEXT, atomic_write, write_json
+from tokenizer.files import END_OF_TEXT, write_json
 from tokenizer.train import train_bpe
 
 SPECIAL_TOKENS = [END_OF_TEXT]
@@ -37,11 +30,6 @@ SPLITS = ("train", "valid")
 
 BUILTIN_BYTES = {"train": 4_000_000, "valid": 200_000}
 BUILTIN_SEEDS = {"train": 1, "valid": 2}
-
-HELD_OUT_SHARE = 20  # one byte in 20 of a text without a validation text is held out,
-HELD_OUT_BYTES = 10_000_000  # but not more than this
-LARGEST_SHARE = 4  # times that, for the sake of a whole document,
-LARGEST_BYTES = 4096  # or this many bytes, if those are more
 
 
 @dataclass(frozen=True)
@@ -129,9 +117,9 @@ def prepare(
         vocab_size = default_vocab_size(corpus, train_text)
     if vocab_size < 256 + len(SPECIAL_TOKENS):
         raise ValueError(f"vocab_size={vocab_size} must be at least {256 + len(SPECIAL_TOKENS)}: bytes, special tokens")
-    own = [_text_file(name, path) for name, path in (("train_text", train_text), ("valid_text", valid_text)) if path]
+    own = [check_text(name, path) for name, path in (("train_text", train_text), ("valid_text", valid_text)) if path]
     directory = Path(data_dir) / (corpus or dataset_name(own[0]))
-    with _alone(directory), _advice(own):
+    with _alone(directory), advice(own):
         stages = Stages(directory)
         if corpus is None:
             texts = _own_texts(stages, *own)
@@ -187,9 +175,9 @@ def prepare_validation(text: str | os.PathLike[str], tokenizer: Path, data_dir: 
         FileNotFoundError: no such text or tokenizer.
         ValueError: the text is empty, or no UTF-8.
     """
-    path, loaded = _text_file("valid_text", text), Tokenizer.from_directory(tokenizer)
+    path, loaded = check_text("valid_text", text), Tokenizer.from_directory(tokenizer)
     directory = Path(data_dir) / f"{path.name.partition('.')[0]}-for-{loaded.sha256[:8]}"
-    with _alone(directory), _advice([path]):
+    with _alone(directory), advice([path]):
         loaded.save(directory / "tokenizer")
         stages = Stages(directory)
         stages.note("tokenizer", {"result": loaded.sha256})
@@ -197,24 +185,12 @@ def prepare_validation(text: str | os.PathLike[str], tokenizer: Path, data_dir: 
     return directory
 
 
-def dataset_name(text: str | os.PathLike[str]) -> str:
-    """The name of the dataset of a text file.
-
-    >>> dataset_name("texts/my.book.txt.gz")
-    'my.book'
-    """
-    name = re.sub(r"(\.[A-Za-z]+)?(\.gz|\.xz)?$", "", Path(text).name)
-    if name in ("", ".", "..") or name in CORPORA:
-        raise ValueError(f"train_text={os.fspath(text)}: rename the file; its name is the dataset's, not {name!r}")
-    return name
-
-
 def default_vocab_size(corpus: str | None, train_text: str | os.PathLike[str] | None = None) -> int:
     """The vocabulary size of a corpus, or that which suits the size of a text file."""
     if corpus is not None:
         return VOCAB_SIZES[corpus]
     assert train_text is not None
-    path = _text_file("train_text", train_text)
+    path = check_text("train_text", train_text)
     num_bytes = path.stat().st_size * (3 if path.suffix in (".gz", ".xz") else 1)
     return next((size for limit, size in OWN_VOCAB_SIZES if num_bytes <= limit), VOCAB_SIZES["owt"])
 
@@ -331,72 +307,6 @@ def _own_texts(stages: Stages, train_text: Path, valid_text: Path | None = None)
     return texts
 
 
-def hold_out(text: Path, train: Path, valid: Path) -> None:
-    """Write about the last twentieth of a text file to `valid`, and the rest to `train`; `_place_to_cut` says where.
-
-    Raises:
-        ValueError: the text cannot be cut in two, or is no whole .gz or .xz file.
-        OSError: no room on the disk.
-    """
-    whole = train.with_name(".text.part")
-    try:
-        _copy(text, whole)
-        with open(whole, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            cut = _place_to_cut(data)
-            if cut is None:
-                raise ValueError(f"{text} has no document, paragraph or line near its end to hold out: give valid_text")
-            with atomic_write(valid) as tail:
-                tail.write(data[cut:])
-        with open(whole, "r+b") as rest:
-            rest.truncate(cut)
-            os.fsync(rest.fileno())
-        os.replace(whole, train)
-    finally:
-        whole.unlink(missing_ok=True)
-
-
-def _copy(text: Path, target: Path) -> None:
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    free = shutil.disk_usage(target.parent).free
-    if text.stat().st_size > free:
-        raise OSError(errno.ENOSPC, f"{text.stat().st_size:,} bytes to copy, {free:,} free", str(target.parent))
-    try:
-        with openers.get(text.suffix, open)(text, "rb") as source, open(target, "wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
-    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
-        raise ValueError(f"{text} is no whole {text.suffix} file: {error}") from None
-
-
-def _place_to_cut(data: mmap.mmap) -> int | None:
-    """Where the first document in the last twentieth begins, or else the last one; or paragraph, or line.
-
-    A document that begins before the largest part that may be held out is cut, at a paragraph or line.
-    """
-    size = min(len(data) // HELD_OUT_SHARE, HELD_OUT_BYTES)
-    wanted, earliest = len(data) - size, len(data) - max(LARGEST_SHARE * size, LARGEST_BYTES)
-    blank = re.match(rb"(\s|<\|endoftext\|>)*", data)
-    begin, end = blank.end() if blank else 0, _end_of_text(data)
-    for separator in map(re.compile, (rb"<\|endoftext\|>\s*", rb"\n[ \t\r]*\n\s*", rb"\n\s*")):
-        after = (found.end() for found in separator.finditer(data, wanted))
-        before = (found.end() for found in separator.finditer(data, max(begin, earliest), wanted))
-        cut = next((cut for cut in after if cut < end), None) or max((cut for cut in before if cut < end), default=None)
-        if cut is not None:
-            return cut
-    return None
-
-
-def _end_of_text(data: mmap.mmap, block: int = 1 << 16) -> int:
-    """Where the white space and separators at the end of a text begin."""
-    end = len(data)
-    while end:
-        tail = data[max(end - block, 0) : end]
-        text = tail.rstrip().removesuffix(END_OF_TEXT.encode())
-        if len(text) == len(tail):
-            break
-        end -= len(tail) - len(text)
-    return end
-
-
 def _train_tokenizer(stages: Stages, text: Path, vocab_size: int, progress: bool) -> None:
     folder = stages.directory / "tokenizer"
 
@@ -444,33 +354,6 @@ def _described_splits(meta_path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         meta_path.unlink()  # damaged: the token files are encoded anew, and described anew
         return {}
-
-
-def _text_file(name: str, path: str | os.PathLike[str]) -> Path:
-    text = Path(path)
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:  # neither config.yaml nor the logger of a run can hold such a name
-        spelling = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise ValueError(f"{name}={spelling}: a name there is not UTF-8; rename it") from None
-    if text.is_dir():
-        raise ValueError(f"{name}={text} is a directory; give a text file (.txt, .txt.gz, .txt.xz)")
-    if not text.exists():
-        raise FileNotFoundError(f"{name}={text}: no such file; a corpus is one of {', '.join(CORPORA)}")
-    if text.stat().st_size == 0:
-        raise ValueError(f"{name}={text} is empty")
-    return text
-
-
-@contextlib.contextmanager
-def _advice(own: list[Path]) -> Iterator[None]:
-    """Tell who brings a text of another encoding to convert that, and not the copy without its end."""
-    try:
-        yield
-    except InvalidTextError as error:
-        text = error.path if error.path in own else own[0]
-        command = f"iconv -f {error.encoding} -t UTF-8 {text} > utf8.txt"
-        raise ValueError(f"{error.found}: convert the text, e.g. `{command}`") from None
 
 
 @contextlib.contextmanager

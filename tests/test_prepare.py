@@ -4,6 +4,7 @@ import hashlib
 import json
 import lzma
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import disk_calls, flushed_before_it_was_named
 
 from lm import VOCAB_SIZES, grammar
 from lm import prepare as module
 from lm.__main__ import main
-from lm.prepare import dataset_name, default_vocab_size, hold_out, prepare, run
+from lm.prepare import default_vocab_size, prepare, run
 from tokenizer.bpe import Tokenizer
 
 END = "<|endoftext|>"
@@ -173,35 +173,6 @@ def test_texts_of_one_name_do_not_overwrite_each_other(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "valid"),
-    [
-        ("one\n<|endoftext|>\ntwo\n<|endoftext|>\n", "two\n<|endoftext|>\n"),
-        ("one<|endoftext|>two", "two"),
-        ("one\n<|endoftext|>\n" * 100, "one\n<|endoftext|>\n" * 4),
-        ("a line\nof one\n\nthen two\nof it\n", "then two\nof it\n"),
-        ("a line\r\nof one\r\n\r\nthen two\r\nof it\r\n", "then two\r\nof it\r\n"),
-        ("word\n" * 100, "word\n" * 4),
-        ("\n\none\n\n\n  \n\ntwo\n<|endoftext|>\n", "two\n<|endoftext|>\n"),
-        ("preface\n<|endoftext|>\n" + "a line of many\n" * 10_000, "a line of many\n" * 500),
-        ("preface\n" + "no line " * 10_000, None),
-        ("one line", None),
-        ("one line\n<|endoftext|>\n", None),
-        ("\n\n \n", None),
-    ],
-)
-def test_where_the_held_out_part_begins(tmp_path, text, valid):
-    source, train = own_text(tmp_path, text), tmp_path / "train.txt"
-    if valid is None:
-        with pytest.raises(ValueError, match="near its end to hold out: give valid_text"):
-            hold_out(source, train, tmp_path / "valid.txt")
-    else:
-        hold_out(source, train, tmp_path / "valid.txt")
-        assert (tmp_path / "valid.txt").read_bytes().decode() == valid
-        assert train.read_bytes() + (tmp_path / "valid.txt").read_bytes() == text.encode()
-    assert not (tmp_path / ".text.part").exists()
-
-
-@pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"corpus": "tinystory"}, ValueError, "corpus='tinystory' must be one of builtin, tinystories, owt"),
@@ -271,8 +242,8 @@ def test_the_folder_that_all_is_done_in_may_have_any_name(tmp_path, monkeypatch)
 
 
 def test_no_room_for_a_copy(data, tmp_path, monkeypatch):
-    usage = module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OSError, match="bytes to copy, 1,000 free"):
         prepare(train_text=own_text(tmp_path / "mine"), data_dir=data, vocab_size=300)
 
@@ -326,11 +297,6 @@ def test_vocabulary_sizes(tmp_path):
     assert default_vocab_size(None, tmp_path / "big.txt") == 32_000
 
 
-@pytest.mark.parametrize(("path", "name"), [("a/b.txt", "b"), ("b.txt.gz", "b"), ("b.c.txt.xz", "b.c"), ("b", "b")])
-def test_dataset_names(path, name):
-    assert dataset_name(path) == name
-
-
 def test_command_reports_what_is_there(data, capsys):
     run("builtin", data_dir=data, vocab_size=300)
     out = capsys.readouterr().out
@@ -367,14 +333,6 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(data, tmp_path):
         child.send_signal(signal.SIGKILL)
         child.communicate()
     assert contents(prepare("builtin", data_dir=data, vocab_size=300)) == expected
-
-
-def test_the_held_out_texts_are_on_the_device_before_they_have_their_names(tmp_path, monkeypatch):
-    calls = disk_calls(monkeypatch)
-    (tmp_path / "own.txt").write_text("a line\n" * 5000)
-    hold_out(tmp_path / "own.txt", tmp_path / "train.txt", tmp_path / "valid.txt")
-    assert flushed_before_it_was_named(calls, "train.txt")
-    assert flushed_before_it_was_named(calls, "valid.txt")
 
 
 def test_parts_of_a_killed_process_are_removed(data, tmp_path):
