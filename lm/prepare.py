@@ -19,7 +19,7 @@ from typing import Any
 
 from lm import VOCAB_SIZES, grammar
 from lm.download import decompress, download
-from lm.texts import advice, check_text, dataset_name, hold_out
+from lm.texts import advice, check_text, dataset_name, gather, hold_out, is_plain
 from tokenizer.bpe import Tokenizer
 from tokenizer.encode import encode_files
 from tokenizer.files import END_OF_TEXT, write_json
@@ -119,10 +119,10 @@ def prepare(
         raise ValueError(f"vocab_size={vocab_size} must be at least {256 + len(SPECIAL_TOKENS)}: bytes, special tokens")
     own = [check_text(name, path) for name, path in (("train_text", train_text), ("valid_text", valid_text)) if path]
     directory = Path(data_dir) / (corpus or dataset_name(own[0]))
-    with _alone(directory), advice(own):
+    with _alone(directory), advice():
         stages = Stages(directory)
         if corpus is None:
-            texts = _own_texts(stages, *own)
+            texts = _own_texts(stages, progress, *own)
         elif corpus == "builtin":
             texts = _builtin_texts(stages)
         else:
@@ -177,11 +177,11 @@ def prepare_validation(text: str | os.PathLike[str], tokenizer: Path, data_dir: 
     """
     path, loaded = check_text("valid_text", text), Tokenizer.from_directory(tokenizer)
     directory = Path(data_dir) / f"{path.name.partition('.')[0]}-for-{loaded.sha256[:8]}"
-    with _alone(directory), advice([path]):
+    with _alone(directory), advice():
         loaded.save(directory / "tokenizer")
         stages = Stages(directory)
         stages.note("tokenizer", {"result": loaded.sha256})
-        _encode(stages, "valid", path, progress=False)
+        _encode(stages, "valid", _readable(stages, "valid", path, progress=False), progress=False)
     return directory
 
 
@@ -287,7 +287,7 @@ def _fetch(source: Source, path: Path, progress: bool) -> None:
     packed.unlink()
 
 
-def _own_texts(stages: Stages, train_text: Path, valid_text: Path | None = None) -> dict[str, Path]:
+def _own_texts(stages: Stages, progress: bool, train_text: Path, valid_text: Path | None = None) -> dict[str, Path]:
     source = {"path": str(train_text.resolve()), "sha256": stages.sha256(train_text)}
     before = stages.notes.get("source", source)
     if before["path"] != source["path"] and before["sha256"] != source["sha256"] and Path(before["path"]).exists():
@@ -295,16 +295,42 @@ def _own_texts(stages: Stages, train_text: Path, valid_text: Path | None = None)
             f"{stages.directory} holds the dataset of {before['path']}: rename {train_text}, or give another data_dir"
         )
     stages.note("source", source)
-    if valid_text is not None:
-        return {"train": train_text, "valid": valid_text}
+    if valid_text is None:
+        return _held_out_texts(stages, train_text, progress)
+    own = {"train": train_text, "valid": valid_text}
+    for split, text in own.items():
+        if not is_plain(text):
+            _refuse_overwriting([train_text, valid_text], stages.directory / f"{split}.txt")
+    return {split: _readable(stages, split, text, progress) for split, text in own.items()}
+
+
+def _held_out_texts(stages: Stages, text: Path, progress: bool) -> dict[str, Path]:
     texts = {split: stages.directory / f"{split}.txt" for split in SPLITS}
-    if train_text.resolve() in [path.resolve() for path in texts.values()]:
-        raise ValueError(f"train_text={train_text} would be overwritten: move it out of {stages.directory}")
+    for split, path in texts.items():
+        _refuse_overwriting([text], path)
+        stages.forget(f"{split} text")  # the file is written anew
+    work = partial(hold_out, text, texts["train"], texts["valid"], progress)
+    line = f"no valid_text, so the end of {text} is held out"
     outputs = [path.name for path in texts.values()]
-    work = partial(hold_out, train_text, texts["train"], texts["valid"])
-    line = f"no valid_text, so the end of {train_text} is held out"
-    stages.run("held-out text", line, {"text_sha256": source["sha256"]}, outputs, work)
+    stages.run("held-out text", line, {"text_sha256": stages.sha256(text)}, outputs, work)
     return texts
+
+
+def _readable(stages: Stages, split: str, text: Path, progress: bool) -> Path:
+    """The file that the tokenizer reads: a plain text where it lies, or what is gathered of another."""
+    if is_plain(text):
+        return text
+    path = stages.directory / f"{split}.txt"
+    stages.forget("held-out text")  # the file is written anew
+    work = partial(gather, text, path, progress)
+    stages.run(f"{split} text", f"gathering {text}", {"text_sha256": stages.sha256(text)}, [path.name], work)
+    return path
+
+
+def _refuse_overwriting(texts: list[Path], path: Path) -> None:
+    for text in texts:
+        if text.resolve() == path.resolve():
+            raise ValueError(f"{text} would be overwritten: move it out of {path.parent}")
 
 
 def _train_tokenizer(stages: Stages, text: Path, vocab_size: int, progress: bool) -> None:

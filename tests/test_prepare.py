@@ -172,6 +172,45 @@ def test_texts_of_one_name_do_not_overwrite_each_other(data, tmp_path):
     assert decoded(directory, "train") + decoded(directory, "valid") == TEXT * 2
 
 
+def json_lines(folder, documents, name="tales.jsonl"):
+    return own_text(folder, "".join(json.dumps({"text": text}) + "\n" for text in documents), name)
+
+
+@pytest.mark.parametrize("name", ["tales.jsonl", "tales.ndjson.xz"])
+def test_json_lines_with_their_end_held_out(data, tmp_path, name, capsys):
+    text = json_lines(tmp_path / "mine", STORIES, name)
+    directory = prepare(train_text=text, data_dir=data, vocab_size=300)
+    assert directory == data / "tales"
+    train, valid = (decoded(directory, split).split(END) for split in ("train", "valid"))
+    assert train[:-1] + valid[:-1] == STORIES and train[-1] == valid[-1] == ""
+    assert 0.03 < len(valid) / len(STORIES) < 0.07
+    assert lines(capsys)[0] == f"no valid_text, so the end of {text} is held out"
+    prepare(train_text=text, data_dir=data, vocab_size=300)
+    assert lines(capsys) == []
+
+
+def test_json_lines_to_train_and_to_validate(data, tmp_path, capsys):
+    train, valid = (json_lines(tmp_path / name, STORIES) for name in ("train", "valid"))
+    for _ in range(2):  # the second time, after another has held out an end
+        directory = prepare(train_text=train, valid_text=valid, data_dir=data, vocab_size=300)
+        said = [line.split()[0] for line in lines(capsys)]
+        assert said == ["gathering", "gathering", "training", "encoding", "encoding"]
+        assert all(decoded(directory, split).split(END)[:-1] == STORIES for split in ("train", "valid"))
+        prepare(train_text=train, valid_text=valid, data_dir=data, vocab_size=300)
+        assert lines(capsys) == []
+        prepare(train_text=train, data_dir=data, vocab_size=300)
+        assert decoded(directory, "train") + decoded(directory, "valid") == "".join(text + END for text in STORIES)
+        assert [line.split()[0] for line in lines(capsys)] == ["no", "training", "encoding", "encoding"]
+
+
+def test_a_text_that_would_be_written_over_is_refused(data, tmp_path):
+    (data / "tales").mkdir(parents=True)
+    valid = own_text(data / "tales", name="train.txt")
+    with pytest.raises(ValueError, match=r"train.txt would be overwritten: move it out of .*/data/tales"):
+        prepare(train_text=json_lines(tmp_path, STORIES), valid_text=valid, data_dir=data, vocab_size=300)
+    assert valid.read_text() == TEXT
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -188,6 +227,9 @@ def test_texts_of_one_name_do_not_overwrite_each_other(data, tmp_path):
         ({"train_text": "latin.txt"}, ValueError, "at byte 1 .*: convert .* `iconv -f LATIN1 -t UTF-8 latin.txt > u"),
         ({"train_text": "full.txt", "valid_text": "latin.txt"}, ValueError, "latin.txt is not .* -t UTF-8 latin.txt >"),
         ({"train_text": "utf16.txt"}, ValueError, "is UTF-16, not UTF-8: .* `iconv -f UTF-16 -t UTF-8 utf16.txt >"),
+        ({"train_text": "latin.txt.gz"}, ValueError, "`gzip -dc latin.txt.gz | iconv -f LATIN1 -t UTF-8 > utf8.txt`"),
+        ({"train_text": "bad.jsonl"}, ValueError, 'bad.jsonl: line 2 has no "text" in it; its keys are "body"'),
+        ({"train_text": "full.txt", "valid_text": "bad.jsonl"}, ValueError, "bad.jsonl: line 2 has no"),
         ({"train_text": "full.txt", "vocab_size": 256}, ValueError, "vocab_size=256 must be at least 257"),
     ],
 )
@@ -199,6 +241,8 @@ def test_bad_input_is_one_clear_line(data, tmp_path, monkeypatch, arguments, err
         "empty.txt": b"",
         "latin.txt": "Käse\n\nKäse\n\n".encode("latin-1") * 9,
         "utf16.txt": TEXT.encode("utf-16"),
+        "latin.txt.gz": gzip.compress("Käse\n\nKäse\n\n".encode("latin-1") * 9),
+        "bad.jsonl": b'"one"\n{"body": "two"}\n',
         "cut.txt.gz": gzip.compress(TEXT.encode())[:-9],
         "cut.txt.xz": lzma.compress(TEXT.encode())[:-9],
     }.items():
