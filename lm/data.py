@@ -351,7 +351,7 @@ class TokenDataModule(pl.LightningDataModule):
 
     Args:
         corpus: what to prepare when neither texts nor a directory are given.
-        train_text: your own text file instead (.txt, .txt.gz, .txt.xz).
+        train_text: your own text instead: a text file, JSON Lines (.jsonl) or a folder of them, also .gz or .xz.
         valid_text: its validation text; without one, a tail of whole documents is held out.
         directory: a prepared dataset, used as it is.
         data_dir: where prepared datasets lie.

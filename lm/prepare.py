@@ -1,4 +1,4 @@
-"""A corpus name or a text file becomes `data/<name>/`: texts, tokenizer, token files, meta.json.
+"""A corpus name or a text becomes `data/<name>/`: texts, tokenizer, token files, meta.json.
 
 Each stage notes in `stages.json` what it was made from. A stage whose inputs are as noted and whose files are there is
 skipped: calling this again costs nothing, an interrupted preparation goes on, a change redoes what depends on it.
@@ -19,7 +19,18 @@ from typing import Any
 
 from lm import VOCAB_SIZES, grammar
 from lm.download import decompress, download
-from lm.texts import advice, check_text, dataset_name, gather, hold_out, is_plain
+from lm.texts import (
+    advice,
+    check_text,
+    count_bytes,
+    dataset_name,
+    describe,
+    fingerprint,
+    gather,
+    hold_out,
+    is_plain,
+    stem,
+)
 from tokenizer.bpe import Tokenizer
 from tokenizer.encode import encode_files
 from tokenizer.files import END_OF_TEXT, write_json
@@ -87,38 +98,43 @@ def prepare(
     vocab_size: int | None = None,
     progress: bool = False,
 ) -> Path:
-    """Make what is missing of a dataset; its directory, `data_dir`/<corpus or name of the text file>.
+    """Make what is missing of a dataset; its directory, `data_dir`/<corpus or name of the text>.
 
     What is done is said on stderr, a line a stage; nothing is said where nothing is left to do. Processes that prepare
     the same dataset wait for each other.
 
     Args:
-        corpus: "builtin", "tinystories" or "owt", or None for a text of your own:
-        train_text: a UTF-8 text file (.txt, .txt.gz, .txt.xz). Documents end with `<|endoftext|>`.
+        corpus: "builtin", "tinystories" or "owt", or None for a text of your own.
+        train_text: UTF-8 text: a text file, in which `<|endoftext|>` ends a document; JSON Lines (.jsonl, .ndjson), a
+            document each, an object with a string "text" or a string; a folder, of which every such file is read
+            (.txt, .md and .text, a document each, and JSON Lines), in the order of their names. All may be
+            compressed (.gz, .xz).
         valid_text: its validation text. Without one the last twentieth of `train_text` (at most 10 MB) is held out,
-            whole documents; where no `<|endoftext|>` stands near enough to its end (a document may make it four
-            times as much, or 4 kB), whole paragraphs (blank lines between them), and where none of these does,
-            whole lines.
+            whole documents, of a folder those whose names come last; where no `<|endoftext|>` stands near enough to
+            its end (a document may make it four times as much, or 4 kB), whole paragraphs (blank lines between
+            them), and where none of these does, whole lines.
         data_dir: where datasets lie.
         vocab_size: of the tokenizer; by default `default_vocab_size`.
         progress: draw progress bars also where stderr is no terminal.
 
     Raises:
-        ValueError: an unknown corpus, a text that is empty, cannot be cut in two or is no UTF-8, a download that
-            is not what it should be, or a directory that holds the dataset of another text of that name.
-        FileNotFoundError: no text file of that name.
+        ValueError: an unknown corpus, a text that is empty, cannot be read (with file and line or byte) or cut in two,
+            a download that is not what it should be, or a directory that holds the dataset of another text of that
+            name, or the text itself.
+        FileNotFoundError: no text of that name.
         OSError: no room on the disk, no network.
     """
     if (corpus is None) == (train_text is None):
-        raise ValueError(f"corpus={corpus}, train_text={train_text}: give either a corpus or a text file")
+        raise ValueError(f"corpus={corpus}, train_text={train_text}: give either a corpus or a text")
     if corpus is not None and corpus not in CORPORA:
-        raise ValueError(f"corpus={corpus!r} must be one of {', '.join(CORPORA)}; a text file goes into train_text")
+        raise ValueError(f"corpus={corpus!r} must be one of {', '.join(CORPORA)}; a text goes into train_text")
     if vocab_size is None:
         vocab_size = default_vocab_size(corpus, train_text)
     if vocab_size < 256 + len(SPECIAL_TOKENS):
         raise ValueError(f"vocab_size={vocab_size} must be at least {256 + len(SPECIAL_TOKENS)}: bytes, special tokens")
     own = [check_text(name, path) for name, path in (("train_text", train_text), ("valid_text", valid_text)) if path]
     directory = Path(data_dir) / (corpus or dataset_name(own[0]))
+    _refuse_overlap(directory, *own)
     with _alone(directory), advice():
         stages = Stages(directory)
         if corpus is None:
@@ -143,7 +159,7 @@ def run(
     """Get a corpus, train its tokenizer and encode it, as far as that is not done yet.
 
     Args:
-        corpus: builtin, tinystories, owt, or the path of your own text file (.txt, .txt.gz, .txt.xz).
+        corpus: builtin, tinystories, owt, or the path of your own text, a .txt or .jsonl file or a folder of such.
         valid_text: the validation text beside your own text; default, a tail of whole documents is held out.
         data_dir: where datasets lie.
         vocab_size: of the tokenizer; default, 2,048 (builtin), 10,000 (tinystories), 32,000 (owt), or by size.
@@ -167,16 +183,16 @@ def prepare_validation(text: str | os.PathLike[str], tokenizer: Path, data_dir: 
     """Encode a text with a tokenizer that there is, to validate a run on it; the directory, which has no other split.
 
     Args:
-        text: a text file (.txt, .txt.gz, .txt.xz).
+        text: as `train_text` of `prepare`.
         tokenizer: the run's, a directory.
         data_dir: where datasets lie.
 
     Raises:
         FileNotFoundError: no such text or tokenizer.
-        ValueError: the text is empty, or no UTF-8.
+        ValueError: the text is empty, or cannot be read.
     """
     path, loaded = check_text("valid_text", text), Tokenizer.from_directory(tokenizer)
-    directory = Path(data_dir) / f"{path.name.partition('.')[0]}-for-{loaded.sha256[:8]}"
+    directory = Path(data_dir) / f"{stem(path)}-for-{loaded.sha256[:8]}"
     with _alone(directory), advice():
         loaded.save(directory / "tokenizer")
         stages = Stages(directory)
@@ -186,12 +202,11 @@ def prepare_validation(text: str | os.PathLike[str], tokenizer: Path, data_dir: 
 
 
 def default_vocab_size(corpus: str | None, train_text: str | os.PathLike[str] | None = None) -> int:
-    """The vocabulary size of a corpus, or that which suits the size of a text file."""
+    """The vocabulary size of a corpus, or that which suits the size of a text."""
     if corpus is not None:
         return VOCAB_SIZES[corpus]
     assert train_text is not None
-    path = check_text("train_text", train_text)
-    num_bytes = path.stat().st_size * (3 if path.suffix in (".gz", ".xz") else 1)
+    num_bytes = count_bytes(check_text("train_text", train_text))
     return next((size for limit, size in OWN_VOCAB_SIZES if num_bytes <= limit), VOCAB_SIZES["owt"])
 
 
@@ -288,7 +303,7 @@ def _fetch(source: Source, path: Path, progress: bool) -> None:
 
 
 def _own_texts(stages: Stages, progress: bool, train_text: Path, valid_text: Path | None = None) -> dict[str, Path]:
-    source = {"path": str(train_text.resolve()), "sha256": stages.sha256(train_text)}
+    source = {"path": str(train_text.resolve()), "sha256": _fingerprint(stages, "train", train_text)}
     before = stages.notes.get("source", source)
     if before["path"] != source["path"] and before["sha256"] != source["sha256"] and Path(before["path"]).exists():
         raise ValueError(
@@ -311,8 +326,10 @@ def _held_out_texts(stages: Stages, text: Path, progress: bool) -> dict[str, Pat
         stages.forget(f"{split} text")  # the file is written anew
     work = partial(hold_out, text, texts["train"], texts["valid"], progress)
     line = f"no valid_text, so the end of {text} is held out"
-    outputs = [path.name for path in texts.values()]
-    stages.run("held-out text", line, {"text_sha256": stages.sha256(text)}, outputs, work)
+    if not is_plain(text):
+        line = f"gathering {describe(text)}; no valid_text, so the end is held out"
+    inputs = {"text_sha256": _fingerprint(stages, "train", text)}
+    stages.run("held-out text", line, inputs, [path.name for path in texts.values()], work)
     return texts
 
 
@@ -322,9 +339,26 @@ def _readable(stages: Stages, split: str, text: Path, progress: bool) -> Path:
         return text
     path = stages.directory / f"{split}.txt"
     stages.forget("held-out text")  # the file is written anew
+    inputs = {"text_sha256": _fingerprint(stages, split, text)}
     work = partial(gather, text, path, progress)
-    stages.run(f"{split} text", f"gathering {text}", {"text_sha256": stages.sha256(text)}, [path.name], work)
+    stages.run(f"{split} text", f"gathering {describe(text)}", inputs, [path.name], work)
     return path
+
+
+def _fingerprint(stages: Stages, split: str, text: Path) -> str:
+    return fingerprint(text, stages.directory / f"{split}-files.json") if text.is_dir() else stages.sha256(text)
+
+
+def _refuse_overlap(directory: Path, train_text: Path | None = None, valid_text: Path | None = None) -> None:
+    """Before anything is written: no folder of texts may hold what it must not."""
+    for text in (train_text, valid_text):
+        if text is not None and text.is_dir() and text.resolve() == directory.resolve():
+            raise ValueError(f"{text} would be its dataset's directory, too: move the texts, or give another data_dir")
+    if train_text is None or valid_text is None:
+        return
+    for inner, outer in ((valid_text, train_text), (train_text, valid_text)):
+        if outer.resolve() in inner.resolve().parents:
+            raise ValueError(f"{inner} lies in {outer}, and would be both trained and validated on: move it out")
 
 
 def _refuse_overwriting(texts: list[Path], path: Path) -> None:

@@ -13,6 +13,7 @@ from lm.model import TransformerConfig
 from lm.module import OptimizerConfig, ScheduleConfig, uses_cuda_graphs
 from lm.options import is_first_rank
 from lm.ranks import num_devices
+from lm.texts import list_files
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
 
@@ -57,18 +58,25 @@ def data_problems(data: Namespace) -> list[str]:
         if data[name] is not None and data[name] < 1
     ]
     for name in ("train_text", "valid_text"):
-        if data.directory is not None or data[name] is None or Path(data[name]).is_file():
-            continue
-        if Path(data[name]).is_dir():
-            problems.append(f"data.{name}: {data[name]} is a directory; give a text file (.txt, .txt.gz, .txt.xz)")
-        else:
-            problems.append(f"data.{name}: there is no file {data[name]}")
+        if data.directory is None and data[name] is not None and not Path(data[name]).is_file():
+            problems += text_problems(name, Path(data[name]))
     if (data.val_context_length or 0) > data.context_length:
         problems.append(
             f"data.val_context_length={data.val_context_length} is longer than data.context_length="
             f"{data.context_length}: the model takes no more tokens than that at once"
         )
     return problems
+
+
+def text_problems(name: str, text: Path) -> list[str]:
+    """What is wrong with a text that is no file."""
+    if not text.is_dir():
+        return [f"data.{name}: there is no file {text}"]
+    try:
+        list_files(text)
+    except (ValueError, OSError) as error:
+        return [f"data.{name}: {error}"]
+    return []
 
 
 def checkpoint_problems(path: Path) -> list[str]:

@@ -1,13 +1,15 @@
 """A text of your own: what it is called, how its documents become one file, and which part of it is held out.
 
 A plain text file is read as it is. JSON Lines have a document a line, an object with a string "text", as The Pile, C4,
-Dolma and FineWeb have, or a string; they are gathered into one file, `<|endoftext|>` behind each document.
+Dolma and FineWeb have, or a string; in a folder, each text file is a document, too. They are gathered into one file,
+`<|endoftext|>` behind each document.
 """
 
 import codecs
 import contextlib
 import errno
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -19,18 +21,27 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 from lm import VOCAB_SIZES
-from tokenizer.chunks import InvalidTextError, invalid_utf8
-from tokenizer.files import END_OF_TEXT, atomic_write
+from tokenizer.chunks import InvalidTextError, PlainFile, invalid_utf8
+from tokenizer.files import END_OF_TEXT, atomic_write, write_json
 from tokenizer.progress import progress_bar
 
+TEXT_ENDINGS = (".txt", ".md", ".text")
 JSON_ENDINGS = (".jsonl", ".ndjson")
-PACKED_ENDINGS = (".gz", ".xz")
-KINDS_OF_TEXT = ".txt or .jsonl, also .gz or .xz"
+ENDINGS = tuple(ending + packed for packed in ("", ".gz", ".xz") for ending in TEXT_ENDINGS + JSON_ENDINGS)
+PACKED_SHARE = 3  # bytes of English text in a compressed byte
+MADE_HERE = (
+    {"stages.json"},
+    {"meta.json", "tokenizer"},
+    {"vocab.json", "merges.txt"},
+    {"config.yaml", "metrics.jsonl"},
+)
+"""Names by which a folder is known for a dataset, a tokenizer or a run, whose files are no texts."""
 
 BLOCK_BYTES = 1 << 20
+LOOK_BACK_BYTES = 1 << 12  # for a separator at the end of a document, and white space after it
 LONGEST_LINE = 1 << 28  # bytes of JSON: a file of another kind may have no line ends, and not fit into memory
 DECODER = json.JSONDecoder(parse_int=float)  # a number may have more digits than int takes; none is used
 KINDS = {dict: "an object", list: "an array", float: "a number", bool: "true or false", type(None): "null"}
@@ -41,15 +52,120 @@ LARGEST_SHARE = 4  # times that, for the sake of a whole document,
 LARGEST_BYTES = 4096  # or this many bytes, if those are more
 
 
-def dataset_name(text: str | os.PathLike[str]) -> str:
-    """The name of the dataset of a text file.
+class Files(NamedTuple):
+    """The files that make up a text, and how many others lie beside them."""
 
-    >>> dataset_name("texts/my.book.txt.gz")
+    paths: list[Path]
+    num_others: int
+
+
+def list_files(text: Path) -> Files:
+    """The files of a text: itself, or those below a folder, in the order of their names.
+
+    Hidden files and folders are passed over, and so are datasets, tokenizers and runs; links are followed, but no
+    folder is entered twice.
+
+    Raises:
+        ValueError: a folder without texts, or that is itself a dataset, a tokenizer or a run.
+        OSError: a folder that cannot be read.
+    """
+    if not text.is_dir():
+        return Files([text], 0)
+    paths = sorted(_walk(text), key=lambda path: path.relative_to(text).as_posix())
+    texts = [path for path in paths if path.name.lower().endswith(ENDINGS) and path.is_file()]
+    if not texts:
+        endings = ", ".join(TEXT_ENDINGS + JSON_ENDINGS)
+        raise ValueError(f"{text} has no texts in it, that is, files that end in {endings} (or these and .gz or .xz)")
+    return Files(texts, len(paths) - len(texts))
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    entered = set()
+    for place, folders, files in os.walk(top, onerror=_refuse, followlinks=True):
+        folder = Path(place)
+        status = folder.stat()
+        made_here = any(names <= {*folders, *files} for names in MADE_HERE)
+        if made_here and folder == top:
+            raise ValueError(
+                f"{top} is a dataset, a tokenizer or a run, no folder of texts; --data.directory takes a dataset"
+            )
+        if made_here or (status.st_dev, status.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (folder / name for name in files if not name.startswith("."))
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def describe(text: Path) -> str:
+    """What a text consists of, to be said to who has brought it."""
+    if not text.is_dir():
+        return str(text)
+    paths, num_others = list_files(text)
+    others = f", {num_others:,} {'other' if num_others == 1 else 'others'} left out" if num_others else ""
+    return f"{len(paths):,} {'file' if len(paths) == 1 else 'files'} of {text}/{others}"
+
+
+def count_bytes(text: Path) -> int:
+    """About the size of a text, three times that of what is compressed."""
+    return sum(path.stat().st_size * (PACKED_SHARE if _packing(path) else 1) for path in list_files(text).paths)
+
+
+def fingerprint(folder: Path, memory: Path) -> str:
+    """A hash of the names and contents of the texts of a folder.
+
+    Args:
+        folder: of texts.
+        memory: a file of what was hashed last time, which is not read again if its size and time of change are the
+            same. Where it cannot be written, as in a directory that is read-only, all is read next time.
+    """
+    try:
+        before = json.loads(memory.read_bytes())
+    except (FileNotFoundError, ValueError):
+        before = {}
+    known = before["files"] if before.get("folder") == str(folder.resolve()) else {}
+    files = {}
+    for path in list_files(folder).paths:
+        name, status = path.relative_to(folder).as_posix(), path.stat()
+        seen = {"num_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        same = known.get(name, {})
+        files[name] = same if seen.items() <= same.items() else {**seen, "sha256": _sha256(path)}
+    if files != known:
+        with contextlib.suppress(OSError):
+            write_json(memory, {"folder": str(folder.resolve()), "files": files})
+    contents = [[name, file["num_bytes"], file["sha256"]] for name, file in files.items()]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stem(text: Path) -> str:
+    """The name of a folder, or that of a file without its endings.
+
+    >>> stem(Path("texts/my.book.txt.gz"))
     'my.book'
     """
-    name = re.sub(r"(\.[A-Za-z]+)?(\.gz|\.xz)?$", "", Path(text).name)
+    if text.is_dir():
+        return text.name if text.name not in ("", "..") else text.resolve().name
+    return re.sub(r"(\.[A-Za-z]+)?(\.gz|\.xz)?$", "", text.name)
+
+
+def dataset_name(text: str | os.PathLike[str]) -> str:
+    """The name of the dataset of a text.
+
+    Raises:
+        ValueError: it is that of a corpus, or none at all.
+    """
+    name = stem(Path(text))
     if name in ("", ".", "..") or name in VOCAB_SIZES:
-        raise ValueError(f"train_text={os.fspath(text)}: rename the file; its name is the dataset's, not {name!r}")
+        raise ValueError(f"train_text={os.fspath(text)}: rename it; its name is the dataset's, not {name!r}")
     return name
 
 
@@ -61,27 +177,33 @@ def check_text(name: str, path: str | os.PathLike[str]) -> Path:
         path: what it says.
 
     Raises:
-        ValueError: a directory, an empty file, or a name that is no UTF-8.
+        ValueError: a folder without texts, an empty file, or a name that is no UTF-8.
         FileNotFoundError: no file of that name.
     """
     text = Path(path)
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:  # neither config.yaml nor the logger of a run can hold such a name
-        spelling = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise ValueError(f"{name}={spelling}: a name there is not UTF-8; rename it") from None
-    if text.is_dir():
-        raise ValueError(f"{name}={text} is a directory; give a text file ({KINDS_OF_TEXT})")
+    for written in (os.fspath(path), stem(text)):  # by config.yaml and the logger of a run
+        spelling = os.fsencode(written).decode("utf-8", "backslashreplace")
+        if spelling != written:
+            raise ValueError(f"{name}={spelling}: a name there is not UTF-8; rename it")
     if not text.exists():
         raise FileNotFoundError(f"{name}={text}: no such file; a corpus is one of {', '.join(VOCAB_SIZES)}")
-    if text.stat().st_size == 0:
+    if not text.is_dir() and text.stat().st_size == 0:
         raise ValueError(f"{name}={text} is empty")
+    list_files(text)
     return text
 
 
 def is_plain(text: Path) -> bool:
     """Whether a text is one file as the tokenizer reads it; what is not is gathered into one."""
-    return not _strip_packing(text.name).endswith(JSON_ENDINGS)
+    return not text.is_dir() and not _strip_packing(text).endswith(JSON_ENDINGS)
+
+
+def _strip_packing(path: Path) -> str:
+    return path.name.lower().removesuffix(_packing(path))
+
+
+def _packing(path: Path) -> str:
+    return path.suffix.lower() if path.suffix.lower() in (".gz", ".xz") else ""
 
 
 def gather(text: Path, target: Path, progress: bool = False) -> None:
@@ -91,53 +213,73 @@ def gather(text: Path, target: Path, progress: bool = False) -> None:
     several, one that ends with it gets no second one.
 
     Args:
-        text: a plain text or JSON Lines, compressed or not.
+        text: a plain text or JSON Lines, compressed or not, or a folder of such.
         target: gets its name when everything is in it.
         progress: draw a progress bar also where stderr is no terminal.
 
     Raises:
-        ValueError: no UTF-8, no JSON Lines with texts (with file and line), no document, no whole .gz or .xz file.
+        ValueError: no UTF-8, no JSON Lines with texts (with file and line), no document, no whole .gz or .xz file, a
+            file that changes while it is read.
         OSError: no room on the disk.
     """
-    _check_room(text, target.parent)
-    with (
-        atomic_write(target) as copy,
-        progress_bar(f"gathering {text.name}", text.stat().st_size, "bytes", progress) as show,
-    ):
-        _copy(text, copy, show)
+    files = [PlainFile(path) for path in list_files(text).paths]
+    num_bytes, alone = sum(file.before.st_size for file in files), is_plain(text)
+    done = shown = 0
+    _check_room(num_bytes, target.parent)
+    with atomic_write(target) as copy, progress_bar(f"gathering {stem(text)}", num_bytes, "bytes", progress) as show:
+        for file in files:
+            for piece, read in _read(file.path, alone):
+                copy.write(piece)
+                if done + read > shown + BLOCK_BYTES:
+                    show(shown := done + read)
+            done += file.before.st_size
+            file.check_unchanged()
         if copy.tell() == 0:
             raise ValueError(f"{text} has no documents in it")
 
 
-def _check_room(text: Path, folder: Path) -> None:
-    needed, free = text.stat().st_size, shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes to copy, {free:,} free", str(folder))
+def _check_room(num_bytes: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise OSError(errno.ENOSPC, f"{num_bytes:,} bytes to copy, {free:,} free", str(folder))
 
 
-def _copy(path: Path, copy: IO[bytes], show: Callable[[int], None]) -> None:
-    """Write what a file holds; `show` is told of how many of its bytes have been read."""
-    unseen = 0
+def _read(path: Path, alone: bool) -> Iterator[tuple[bytes, int]]:
+    """What a file holds, piece by piece, each with how far the file has been read.
+
+    Args:
+        path: of a plain text or JSON Lines.
+        alone: whether a plain text is not one document among others.
+    """
     with open(path, "rb") as packed, _unpacked(path, packed) as file:
-        for piece in _blocks(path, file) if is_plain(path) else _json_documents(path, file):
-            copy.write(piece)
-            unseen += len(piece)
-            if unseen > BLOCK_BYTES:
-                show(packed.tell())
-                unseen = 0
+        if not is_plain(path):
+            pieces = _json_documents(path, file)
+        else:
+            pieces = _blocks(path, file) if alone else _text_document(path, file)
+        for piece in pieces:
+            yield piece, packed.tell()
 
 
 @contextlib.contextmanager
 def _unpacked(path: Path, packed: io.BufferedReader) -> Iterator[io.BufferedReader]:
     """What is in a compressed file, or the file itself if it is none."""
     openers: dict[str, Callable[[io.BufferedReader], Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    if path.suffix not in openers:
+    if not _packing(path):
         yield packed
         return
     try:
-        yield io.BufferedReader(openers[path.suffix](packed), BLOCK_BYTES)  # whose readline is ten times as fast
+        yield io.BufferedReader(openers[_packing(path)](packed), BLOCK_BYTES)  # whose readline is ten times as fast
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise ValueError(f"{path} is no whole {path.suffix} file: {error}") from None
+
+
+def _text_document(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
+    """A text in blocks, and what goes behind it."""
+    end = b""
+    for block in _blocks(path, file):
+        yield block
+        end = (end + block)[-LOOK_BACK_BYTES:]
+    yield _separator(end)
 
 
 def _blocks(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
@@ -199,11 +341,7 @@ def _list_keys(value: dict[str, Any]) -> str:
 def _separator(document: bytes) -> bytes:
     """What goes behind a document that is or ends with `document`."""
     end = END_OF_TEXT.encode()
-    return b"" if not document or document[-BLOCK_BYTES:].rstrip().endswith(end) else end
-
-
-def _strip_packing(name: str) -> str:
-    return name.removesuffix(".gz").removesuffix(".xz")
+    return b"" if not document or document[-LOOK_BACK_BYTES:].rstrip().endswith(end) else end
 
 
 def hold_out(text: Path, train: Path, valid: Path, progress: bool = False) -> None:
@@ -267,7 +405,7 @@ def advice() -> Iterator[None]:
         yield
     except InvalidTextError as error:
         path, iconv = error.path, f"iconv -f {error.encoding} -t UTF-8"
-        unpack = {".gz": "gzip -dc", ".xz": "xz -dc"}.get(path.suffix)
+        unpack = {".gz": "gzip -dc", ".xz": "xz -dc"}.get(_packing(path))
         command = f"{unpack} {path} | {iconv}" if unpack else f"{iconv} {path}"
-        command += f" > utf8{Path(_strip_packing(path.name)).suffix or '.txt'}"
+        command += f" > utf8{Path(_strip_packing(path)).suffix or '.txt'}"
         raise ValueError(f"{error.found}: convert the text, e.g. `{command}`") from None

@@ -173,7 +173,7 @@ def test_a_tool_starts_without_lightning(tool: str, option: str) -> None:
         (["fit", "--seed_everything=true"], "seed_everything: 'True' must be int"),
         (["fit", "--seed_everything=-1"], "seed_everything=-1 must be from 0 to 4294967295"),
         (["fit", "--data.batch_size=0"], "data.batch_size=0 must be at least 1"),
-        (["fit", "--data.train_text=."], "data.train_text: . is a directory; give a text file"),
+        (["fit", "--data.train_text=."], "data.train_text: . has no texts in it, that is, files that end"),
         (["validate", "--data.batchsize=2", "--ckpt_path=x"], "did you mean --data.batch_size?"),
         (["validate"], "no run with a checkpoint below logs: `python -m lm fit` makes one"),
         (["validate", "--ckpt_path=absent.ckpt"], "ckpt_path: there is no file absent.ckpt"),
@@ -474,8 +474,27 @@ def test_a_run_is_validated_on_any_text(
         other = capfd.readouterr()
         assert other.out != own
     assert other.err == ""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "other.txt").rename(tmp_path / "folder" / "other.md")
+    (tmp_path / "other.jsonl").write_text('{"text": "zebras quarrel"}\n' * 50)
+    for text in ("folder", "other.jsonl"):
+        assert lm("validate", f"--data.valid_text={text}") == 0
+        assert "bits per byte" in capfd.readouterr().out
     assert lm("validate", "--data.valid_text=none.txt") == 2
     assert capfd.readouterr().err == "error: data.valid_text: there is no file none.txt\n"
+
+
+def test_a_run_is_trained_on_a_folder_and_named_after_it(
+    lm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes").mkdir()
+    for i in range(30):
+        (tmp_path / "notes" / f"{i:02}.md").write_text("the cat sat on a mat.\n" * 100)
+    settings = [setting for setting in SETTINGS if "name" not in setting]
+    for run in range(2):
+        assert lm("fit", *settings, "--data.train_text=notes/", "--data.vocab_size=300") == 0
+        assert (tmp_path / f"logs/notes/version_{run}/checkpoints").is_dir()
+        assert ("prepare: gathering 30 files of notes/; no valid_text" in capfd.readouterr().err) == (run == 0)
 
 
 def test_what_is_typed_about_the_data_wins_over_a_runs_configuration(
@@ -592,6 +611,7 @@ def test_devices_are_counted_as_lightning_counts_them(monkeypatch: pytest.Monkey
     [
         ({"directory": "data/my.book", "train_text": None}, "my.book"),
         ({"directory": None, "train_text": "texts/my.book.txt.gz"}, "my.book"),
+        ({"directory": None, "train_text": "texts/my.book.jsonl"}, "my.book"),
         ({"directory": None, "train_text": None}, "owt"),
     ],
 )

@@ -17,7 +17,7 @@ import pytest
 from lm import VOCAB_SIZES, grammar
 from lm import prepare as module
 from lm.__main__ import main
-from lm.prepare import default_vocab_size, prepare, run
+from lm.prepare import default_vocab_size, prepare, prepare_validation, run
 from tokenizer.bpe import Tokenizer
 
 END = "<|endoftext|>"
@@ -184,7 +184,7 @@ def test_json_lines_with_their_end_held_out(data, tmp_path, name, capsys):
     train, valid = (decoded(directory, split).split(END) for split in ("train", "valid"))
     assert train[:-1] + valid[:-1] == STORIES and train[-1] == valid[-1] == ""
     assert 0.03 < len(valid) / len(STORIES) < 0.07
-    assert lines(capsys)[0] == f"no valid_text, so the end of {text} is held out"
+    assert lines(capsys)[0] == f"gathering {text}; no valid_text, so the end is held out"
     prepare(train_text=text, data_dir=data, vocab_size=300)
     assert lines(capsys) == []
 
@@ -200,7 +200,109 @@ def test_json_lines_to_train_and_to_validate(data, tmp_path, capsys):
         assert lines(capsys) == []
         prepare(train_text=train, data_dir=data, vocab_size=300)
         assert decoded(directory, "train") + decoded(directory, "valid") == "".join(text + END for text in STORIES)
-        assert [line.split()[0] for line in lines(capsys)] == ["no", "training", "encoding", "encoding"]
+        assert [line.split()[0] for line in lines(capsys)] == ["gathering", "training", "encoding", "encoding"]
+
+
+def folder_of(folder, stories):
+    """A folder of a file for each text, and one that is none."""
+    (folder / "more").mkdir(parents=True, exist_ok=True)
+    (folder / "cover.jpg").touch()
+    for i, story in enumerate(stories):
+        own_text(folder / "more", story, f"{i:03}.md")
+    return folder
+
+
+def test_a_folder_with_its_end_held_out_and_what_changes_in_it(data, tmp_path, capsys):
+    folder, stories = folder_of(tmp_path / "my.notes", STORIES), list(STORIES)
+    directory = data / "my.notes"
+
+    def prepared():
+        """The first words of what is said, once the dataset is that of all stories."""
+        assert prepare(train_text=f"{folder}/", data_dir=data, vocab_size=300) == directory
+        assert decoded(directory, "train") + decoded(directory, "valid") == "".join(text + END for text in stories)
+        return [line.split()[0] for line in lines(capsys)]
+
+    prepare(train_text=folder, data_dir=data, vocab_size=300)
+    said = f"gathering 200 files of {folder}/, 1 other left out; no valid_text, so the end is held out"
+    assert lines(capsys)[0] == said
+    assert prepared() == []
+    stories[7] = "Another."
+    (folder / "more" / "007.md").write_text(stories[7])
+    everything = ["gathering", "training", "encoding", "encoding"]
+    assert prepared() == everything
+    stories.append("One more.")
+    (folder / "more" / "200.txt").write_text(stories[-1])
+    assert prepared() == ["gathering", "encoding"], "the rest is as it was"
+    del stories[0]
+    (folder / "more" / "000.md").unlink()
+    assert prepared() == everything
+    (folder / "cover.png").touch()
+    assert prepared() == []
+    for path in (folder / "more").iterdir():
+        os.utime(path, (1, 1))
+    assert prepared() == []
+    assert len((directory / "stages.json").read_bytes()) < 5000
+
+
+def test_folders_to_train_and_to_validate(data, tmp_path, capsys):
+    train, valid = folder_of(tmp_path / "notes", STORIES), folder_of(tmp_path / "others", STORIES[:9])
+    directory = prepare(train_text=train, valid_text=valid, data_dir=data, vocab_size=300)
+    assert lines(capsys)[:2] == [
+        f"gathering 200 files of {train}/, 1 other left out",
+        f"gathering 9 files of {valid}/, 1 other left out",
+    ]
+    assert decoded(directory, "train").split(END)[:-1] == STORIES
+    assert decoded(directory, "valid").split(END)[:-1] == STORIES[:9]
+    (valid / "more" / "000.md").unlink()
+    prepare(train_text=train, valid_text=valid, data_dir=data, vocab_size=300)
+    assert [line.split()[0] for line in lines(capsys)] == ["gathering", "encoding"]
+    assert decoded(directory, "valid").split(END)[:-1] == STORIES[1:9]
+
+
+def test_a_folder_that_its_dataset_lies_in(tmp_path, monkeypatch, capsys):
+    """Nor the dataset of another text is taken for texts, wherever it lies."""
+    folder = folder_of(tmp_path / "notes", STORIES)
+    monkeypatch.chdir(folder)
+    prepare(train_text=own_text(tmp_path, name="x.txt"), data_dir="elsewhere", vocab_size=300)
+    for _ in range(2):
+        directory = prepare(train_text=".", vocab_size=300)
+        assert directory == Path("data/notes")
+        assert decoded(directory, "train") + decoded(directory, "valid") == "".join(text + END for text in STORIES)
+    assert [line.split()[0] for line in lines(capsys)[4:]] == ["gathering", "training", "encoding", "encoding"]
+
+
+def test_a_folder_that_would_be_its_datasets_directory_is_left_as_it_is(data):
+    folder = folder_of(data / "notes", STORIES[:3])
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError, match=r"notes would be its dataset's directory, too: move the texts, or give anoth"):
+        prepare(train_text=folder, data_dir=data)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("valid", ["more", "more/001.md"])
+def test_a_validation_text_that_is_trained_on_is_refused(data, tmp_path, valid):
+    folder = folder_of(tmp_path / "notes", STORIES[:3])
+    for texts in ((folder, folder / valid), (folder / valid, folder)):
+        with pytest.raises(
+            ValueError, match=r"more.* lies in .*notes, and would be both trained and validated on: mov"
+        ):
+            prepare(None, *texts, data_dir=data)
+    assert not data.exists()
+
+
+def test_any_text_is_encoded_for_a_run(data, tmp_path, capsys, monkeypatch):
+    tokenizer = prepare("builtin", data_dir=data, vocab_size=300) / "tokenizer"
+    folder = folder_of(tmp_path / "notes", STORIES)
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    for text in (folder, ".", json_lines(tmp_path, STORIES, "my.tales.jsonl.gz")):
+        directory = prepare_validation(text, tokenizer, data)
+        assert directory.name.partition("-for-")[0] == ("notes" if Path(text).is_dir() else "my.tales")
+        assert decoded(directory, "valid").split(END)[:-1] == STORIES
+    assert [line.split()[0] for line in lines(capsys)] == ["gathering", "encoding"] * 2
+    (folder / "more" / "000.md").unlink()
+    prepare_validation(folder, tokenizer, data)
+    assert [line.split()[0] for line in lines(capsys)] == ["gathering", "encoding"]
 
 
 def test_a_text_that_would_be_written_over_is_refused(data, tmp_path):
@@ -215,13 +317,19 @@ def test_a_text_that_would_be_written_over_is_refused(data, tmp_path):
     ("arguments", "error", "message"),
     [
         ({"corpus": "tinystory"}, ValueError, "corpus='tinystory' must be one of builtin, tinystories, owt"),
-        ({}, ValueError, "give either a corpus or a text file"),
-        ({"corpus": "owt", "train_text": "full.txt"}, ValueError, "give either a corpus or a text file"),
+        ({}, ValueError, "give either a corpus or a text"),
+        ({"corpus": "owt", "train_text": "full.txt"}, ValueError, "give either a corpus or a text"),
         ({"train_text": "nothing.txt"}, FileNotFoundError, "train_text=nothing.txt: no such file"),
         ({"train_text": "full.txt", "valid_text": "none.txt"}, FileNotFoundError, "valid_text=none.txt: no such file"),
         ({"train_text": "empty.txt"}, ValueError, "train_text=empty.txt is empty"),
-        ({"train_text": "."}, ValueError, "is a directory"),
-        ({"train_text": "builtin.txt"}, ValueError, "rename the file"),
+        ({"train_text": "none"}, ValueError, r"^none has no texts in it, that is, files that end in \.txt, \.md, "),
+        ({"train_text": "full.txt", "valid_text": "none"}, ValueError, "^none has no texts in it"),
+        (
+            {"train_text": "latin"},
+            ValueError,
+            "latin/a.txt .* byte 1 .* `iconv -f LATIN1 -t UTF-8 latin/a.txt > utf8.t",
+        ),
+        ({"train_text": "builtin.txt"}, ValueError, "rename it"),
         ({"train_text": "cut.txt.gz"}, ValueError, "cut.txt.gz is no whole .gz file"),
         ({"train_text": "cut.txt.xz"}, ValueError, "cut.txt.xz is no whole .xz file"),
         ({"train_text": "latin.txt"}, ValueError, "at byte 1 .*: convert .* `iconv -f LATIN1 -t UTF-8 latin.txt > u"),
@@ -239,6 +347,8 @@ def test_bad_input_is_one_clear_line(data, tmp_path, monkeypatch, arguments, err
         "full.txt": TEXT.encode(),
         "builtin.txt": TEXT.encode(),
         "empty.txt": b"",
+        "none/image.jpg": b"",
+        "latin/a.txt": "Käse".encode("latin-1"),
         "latin.txt": "Käse\n\nKäse\n\n".encode("latin-1") * 9,
         "utf16.txt": TEXT.encode("utf-16"),
         "latin.txt.gz": gzip.compress("Käse\n\nKäse\n\n".encode("latin-1") * 9),
@@ -246,6 +356,7 @@ def test_bad_input_is_one_clear_line(data, tmp_path, monkeypatch, arguments, err
         "cut.txt.gz": gzip.compress(TEXT.encode())[:-9],
         "cut.txt.xz": lzma.compress(TEXT.encode())[:-9],
     }.items():
+        Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(content)
     with pytest.raises(error, match=message) as caught:
         prepare(**{"data_dir": data, **arguments})
@@ -283,6 +394,12 @@ def test_the_folder_that_all_is_done_in_may_have_any_name(tmp_path, monkeypatch)
     for _ in range(2):  # the second time, the notes are read
         directory = prepare(train_text="tales.txt", vocab_size=300)
     assert json.loads((directory / "stages.json").read_text("utf-8"))["source"]["path"] == str(folder / "tales.txt")
+    with pytest.raises(ValueError, match=r"train_text=caf\\xe9: a name there is not UTF-8; rename it"):
+        prepare(train_text=".", vocab_size=300)
+    folder_of(folder / "notes", STORIES)
+    monkeypatch.chdir(folder / "notes")
+    for _ in range(2):
+        assert prepare(train_text=".", vocab_size=300) == Path("data/notes")
 
 
 def test_no_room_for_a_copy(data, tmp_path, monkeypatch):
@@ -336,9 +453,10 @@ def test_sources_are_whole():
 def test_vocabulary_sizes(tmp_path):
     assert [default_vocab_size(corpus) for corpus in module.CORPORA] == list(VOCAB_SIZES.values())
     assert default_vocab_size(None, own_text(tmp_path)) == 1024
+    assert default_vocab_size(None, tmp_path) == 1024
     with open(tmp_path / "big.txt", "wb") as file:
         file.truncate(3_000_000_000)
-    assert default_vocab_size(None, tmp_path / "big.txt") == 32_000
+    assert default_vocab_size(None, tmp_path / "big.txt") == default_vocab_size(None, tmp_path) == 32_000
 
 
 def test_command_reports_what_is_there(data, capsys):

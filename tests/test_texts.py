@@ -3,8 +3,10 @@
 import gzip
 import json
 import lzma
+import os
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -12,7 +14,17 @@ from hypothesis import strategies as st
 from toy import disk_calls, flushed_before_it_was_named
 
 from lm import texts as module
-from lm.texts import dataset_name, gather, hold_out
+from lm.texts import (
+    JSON_ENDINGS,
+    TEXT_ENDINGS,
+    count_bytes,
+    dataset_name,
+    describe,
+    fingerprint,
+    gather,
+    hold_out,
+    list_files,
+)
 
 END = "<|endoftext|>"
 ODD = st.sampled_from(
@@ -27,6 +39,19 @@ def joined(documents):
     """What is to be gathered, said in another way."""
     filled = [document.encode() for document in documents if document]
     return b"".join(text if text.rstrip().endswith(END.encode()) else text + END.encode() for text in filled)
+
+
+def fill(folder, **files):
+    """A folder of files, of which `a__b_txt` is a/b.txt."""
+    for name, content in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def names(folder):
+    return [path.relative_to(folder).as_posix() for path in list_files(folder).paths]
 
 
 def gathered(text):
@@ -148,7 +173,7 @@ def test_a_compressed_text_that_is_cut_off_is_named(tmp_path, name):
 
 
 def test_gathering_takes_little_memory(tmp_path):
-    (tmp_path / "own.jsonl").write_bytes(b'{"text": "a document of few words"}\n' * 300_000)
+    (tmp_path / "own.jsonl").write_bytes(b'{"text": "a document of few words"}\n' * 60_000)
     tracemalloc.start()
     gather(tmp_path / "own.jsonl", tmp_path / "gathered")
     peak = tracemalloc.get_traced_memory()[1]
@@ -173,3 +198,171 @@ def test_no_room_to_gather(tmp_path, monkeypatch):
     (tmp_path / "own.jsonl").write_text('"one"\n')
     with pytest.raises(OSError, match="6 bytes to copy, 5 free"):
         gathered(tmp_path / "own.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+
+def test_the_texts_of_a_folder_come_in_the_order_of_their_names(tmp_path):
+    folder = fill(
+        tmp_path / "notes", b_txt="b", a__z_md="z", a__b__c_TEXT="c", B_jsonl='"B"', z_ndjson_xz=b"", c_txt_gz=b""
+    )
+    fill(folder, a_pdf="", a__x_json="", _hidden_txt="", _git__a_txt="", a___b_txt="")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "gone.txt").symlink_to("nowhere.txt")
+    assert names(folder) == ["B.jsonl", "a/b/c.TEXT", "a/z.md", "b.txt", "c.txt.gz", "z.ndjson.xz"]
+    assert describe(folder) == f"6 files of {folder}/, 4 others left out"
+    assert describe(fill(tmp_path / "one", a_txt="a")) == f"1 file of {tmp_path}/one/"
+    assert describe(folder / "b.txt") == f"{folder}/b.txt"
+
+
+@anywhere
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(TEXT_ENDINGS + JSON_ENDINGS), st.sampled_from(list(PACK)), DOCUMENTS), max_size=6
+    )
+)
+@example([(".txt", "", ["one\n<|endoftext|>\n \n"]), (".md", ".gz", [""]), (".jsonl", ".xz", ["", "two"])])
+def test_the_texts_of_a_folder_are_joined(tmp_path, files):
+    shutil.rmtree(tmp_path / "notes", ignore_errors=True)
+    (tmp_path / "notes").mkdir()
+    expected = []
+    for number, (ending, packing, documents) in enumerate(files):
+        text = "\n".join(map(json.dumps, documents)) if ending in JSON_ENDINGS else "".join(documents)
+        expected += documents if ending in JSON_ENDINGS else [text]
+        place = tmp_path / "notes" / f"{number // 2}" / f"{number}{ending}{packing}"
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(PACK[packing](text.encode()))
+    if any(expected):
+        assert gathered(tmp_path / "notes") == joined(expected)
+    else:
+        with pytest.raises(ValueError, match=r"notes has no (documents|texts) in it"):
+            gathered(tmp_path / "notes")
+
+
+def test_links_are_followed_but_no_folder_is_entered_twice(tmp_path):
+    folder = fill(tmp_path / "notes", a__b__one_txt="1")
+    elsewhere = fill(tmp_path / "elsewhere", two_txt="2", three_txt="3")
+    (folder / "loop").symlink_to(folder)
+    (folder / "a" / "up").symlink_to("..")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "linked too").symlink_to(elsewhere)
+    (folder / "file.txt").symlink_to(elsewhere / "two.txt")
+    assert names(folder) == ["a/b/one.txt", "file.txt", "linked/three.txt", "linked/two.txt"]
+
+
+def test_what_this_project_makes_is_no_text(tmp_path):
+    folder = fill(tmp_path / "notes", a_txt="a")
+    fill(folder, data__x__stages_json="{}", data__x__train_txt="", data__y__meta_json="", data__y__tokenizer__a_txt="")
+    fill(folder, tok__vocab_json="{}", tok__merges_txt="", run__config_yaml="", run__metrics_jsonl="", run__s__a_md="")
+    assert names(folder) == ["a.txt"]
+    for made in ("data/x", "data/y", "tok", "run"):
+        with pytest.raises(ValueError, match=f"{made} is a dataset, a tokenizer or a run, no folder of texts"):
+            list_files(folder / made)
+
+
+def test_a_folder_without_texts_is_named_with_the_endings(tmp_path):
+    fill(tmp_path, a_pdf="", _hidden_txt="a")
+    with pytest.raises(
+        ValueError, match=r"no texts in it, that is, files that end in \.txt, \.md, \.text, \.jsonl, \.ndj"
+    ):
+        list_files(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "notes", a_txt="a", b__c_txt="c")
+    scandir = os.scandir
+
+    def faulty(path):
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", faulty)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        list_files(folder)
+
+
+def test_in_a_folder_the_file_is_named_that_cannot_be_read(tmp_path):
+    folder = fill(tmp_path / "notes", a_txt="ä" * 1000, b_txt="ä".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"notes/b.txt is not UTF-8 at byte 0 \(e4\)"):
+        gathered(folder)
+    (folder / "b.txt").rename(folder / "b.jsonl")
+    with pytest.raises(ValueError, match=r"notes/b.jsonl is not UTF-8 at byte 0 \(e4\)"):
+        gathered(folder)
+    (folder / "b.jsonl").write_text("\n{}")
+    with pytest.raises(ValueError, match=r'notes/b.jsonl: line 2 has no "text" in it'):
+        gathered(folder)
+    (folder / "b.jsonl").rename(folder / "b.md.gz")
+    with pytest.raises(ValueError, match=r"notes/b.md.gz is no whole .gz file"):
+        gathered(folder)
+
+
+def test_a_file_that_changes_while_it_is_gathered_is_named(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "notes", a_txt="a", b_txt="b")
+    monkeypatch.setattr(module, "_separator", lambda document: fill(folder, b_txt="other") and b"")
+    with pytest.raises(ValueError, match=r"notes/b.txt changed while it was read"):
+        gathered(folder)
+
+
+def test_a_fingerprint_is_of_names_and_contents(tmp_path, monkeypatch):
+    folder, memory, read = fill(tmp_path / "notes", a_txt="a", b__c_md="c"), tmp_path / "files.json", []
+    sha256 = module._sha256
+    monkeypatch.setattr(module, "_sha256", lambda path: read.append(path.name) or sha256(path))
+    seen = [fingerprint(folder, memory)]
+
+    def changed(*names):
+        """Whether it is another than all before; `names` have been read for it."""
+        read.clear()
+        seen.append(fingerprint(folder, memory))
+        assert read == list(names)
+        return seen[-1] not in seen[:-1]
+
+    assert not changed()
+    os.utime(folder / "a.txt", (1, 1))
+    assert not changed("a.txt")
+    (folder / "a.txt").write_text("A")
+    assert changed("a.txt")
+    (folder / "b" / "d.txt").write_text("d")
+    assert changed("d.txt")
+    (folder / "b" / "d.txt").rename(folder / "b" / "e.txt")
+    assert changed("e.txt")
+    (folder / "b" / "e.txt").unlink()
+    assert not changed() and seen[-1] == seen[3]
+    assert len(json.loads(memory.read_bytes())["files"]) == 2, "what is gone is forgotten"
+    (folder / "a.pdf").touch()
+    assert not changed()
+    memory.write_text("{ damaged")
+    assert not changed("a.txt", "c.md")
+    folder.rename(tmp_path / "other")
+    assert fingerprint(tmp_path / "other", memory) == seen[3]
+
+
+def test_a_fingerprint_needs_no_memory_and_files_may_have_any_name(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "notes", a_txt="a")
+    (folder / "a.txt").rename(folder / os.fsdecode(b"caf\xe9.txt"))
+    first = fingerprint(folder, tmp_path / "files.json")
+    monkeypatch.setattr(module, "_sha256", None)
+    assert fingerprint(folder, tmp_path / "files.json") == first
+    monkeypatch.undo()
+
+    def read_only(path, value):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(module, "write_json", read_only)
+    assert fingerprint(folder, tmp_path / "none.json") == first
+
+
+def test_the_size_of_a_folder(tmp_path):
+    assert count_bytes(fill(tmp_path, a_txt="12345", b_md_gz="12345", c_pdf="1")) == 5 + 3 * 5
+
+
+def test_a_folder_names_its_dataset(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "my.notes" / "new", a_txt="a")
+    assert dataset_name(f"{folder.parent}/") == "my.notes"
+    monkeypatch.chdir(folder)
+    assert [dataset_name(path) for path in (".", "..", "../new")] == ["new", "my.notes", "new"]
+    (folder / "owt").mkdir()
+    for path in ("owt", "/"):
+        with pytest.raises(ValueError, match=f"train_text={path}: rename it"):
+            dataset_name(path)
