@@ -40,6 +40,7 @@ from lm import DIVERGED_EXIT_CODE, default_config
 from lm.accounting import read_settings
 from lm.checkpoint import InUseError, lock_run, newest_config
 from lm.report import by_version, flatten, last_words
+from lm.texts import ENDINGS
 from tokenizer.files import atomic_write
 
 KINDS: dict[str, type] = {
@@ -48,7 +49,6 @@ KINDS: dict[str, type] = {
 }
 RUN_KINDS: dict[str, type] = {"name": str, "configs": list, "settings": dict, "scales": dict}
 KIND_NAMES: dict[type, str] = {str: "a text", list: "a list, [a, b]", dict: "a mapping, {name: value}"}
-TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.xz")
 DONE = ("finished", "diverged")  # a divergence is a result
 RESOLVED = ("data.vocab_size", "data.train_text", "data.valid_text")  # config.yaml has the folder made of them instead
 
@@ -147,17 +147,19 @@ def check_keys(sweep: dict[str, Any], path: Path) -> None:
 
 
 def own_texts(folder: Path, name: str) -> dict[str, str]:
-    """The settings that train on `folder`/`name`-train.txt and validate on `folder`/`name`-valid.txt (or .gz, .xz).
+    """The settings that train on `folder`/`name`-train.txt and validate on `folder`/`name`-valid.txt (.jsonl, .gz ...).
 
     Raises:
         FileNotFoundError: one of them is not there.
     """
     settings = {}
     for split in ("train", "valid"):
-        candidates = [folder / f"{name}-{split}{ending}" for ending in TEXT_ENDINGS]
+        candidates = [folder / f"{name}-{split}{ending}" for ending in ENDINGS]
         found = [path for path in candidates if path.is_file()]
         if not found:
-            raise FileNotFoundError(f"--texts {folder}: {candidates[0].name} is not there, nor compressed (.gz, .xz)")
+            raise FileNotFoundError(
+                f"--texts {folder}: {candidates[0].name} is not there, nor as .md, .jsonl, .gz or .xz"
+            )
         settings[f"data.{split}_text"] = str(found[0])
     return settings
 

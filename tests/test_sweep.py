@@ -429,10 +429,10 @@ def test_texts_of_ones_own_replace_the_corpus(grid: Path, tmp_path: Path) -> Non
     with pytest.raises(FileNotFoundError, match=r"stories-train\.txt is not there"):
         plan(grid, "cpu", texts)
     (texts / "stories-train.txt.xz").touch()
-    (texts / "stories-valid.txt").touch()
+    (texts / "stories-valid.jsonl.gz").touch()
     settings = dict(plan(grid, "cpu", texts)[0].settings)
     assert settings["data.train_text"] == str(texts / "stories-train.txt.xz")
-    assert settings["data.valid_text"] == str(texts / "stories-valid.txt")
+    assert settings["data.valid_text"] == str(texts / "stories-valid.jsonl.gz")
 
 
 def test_a_run_of_several_studies_is_made_once(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
