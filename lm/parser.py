@@ -39,6 +39,7 @@ Train a model. With nothing else, a small one on the built-in corpus, for a few 
 
   python -m lm fit
   python -m lm fit --data.train_text my.txt --run.max_minutes 10
+  python -m lm fit --data.train_text notes/
   python -m lm fit --config configs/owt.yaml --resume auto""",
     "validate": """\
 The loss over the whole validation set, or another text: of the newest run's best checkpoint, or of another one.

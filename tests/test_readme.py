@@ -1,5 +1,7 @@
 """The README's commands, run as they stand there, in order, in one empty folder; long runs are cut to a few steps."""
 
+import gzip
+import json
 import multiprocessing
 import os
 import re
@@ -108,8 +110,11 @@ def serve_and_interrupt(words: list[str], folder: Path) -> None:
 def test_every_command_runs(tmp_path: Path) -> None:
     """Each in a process of its own; a server that has imported the libraries once forks them, or imports took half."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for seed, name in enumerate(("my.txt", "other.txt")):
+    for seed, name in enumerate(("my.txt", "other.txt", "notes/my.txt")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         write_corpus(tmp_path / name, 300_000, seed)
+    line = json.dumps({"text": (tmp_path / "my.txt").read_text()})
+    (tmp_path / "crawl.jsonl.gz").write_bytes(gzip.compress(line.encode()))
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["lm.cli"])
     for number, command in enumerate(readme_commands()):
