@@ -182,9 +182,11 @@ def check_text(name: str, path: str | os.PathLike[str]) -> Path:
     """
     text = Path(path)
     for written in (os.fspath(path), stem(text)):  # by config.yaml and the logger of a run
-        spelling = os.fsencode(written).decode("utf-8", "backslashreplace")
-        if spelling != written:
-            raise ValueError(f"{name}={spelling}: a name there is not UTF-8; rename it")
+        try:
+            written.encode()
+        except UnicodeEncodeError:
+            spelling = os.fsencode(written).decode("utf-8", "backslashreplace")
+            raise ValueError(f"{name}={spelling}: a name there is not UTF-8; rename it") from None
     if not text.exists():
         raise FileNotFoundError(f"{name}={text}: no such file; a corpus is one of {', '.join(VOCAB_SIZES)}")
     if not text.is_dir() and text.stat().st_size == 0:
@@ -234,6 +236,7 @@ def gather(text: Path, target: Path, progress: bool = False) -> None:
                     show(shown := done + read)
             done += file.before.st_size
             file.check_unchanged()
+        show(done)
         if copy.tell() == 0:
             raise ValueError(f"{text} has no documents in it")
 

@@ -190,12 +190,25 @@ def test_json_lines_with_their_end_held_out(data, tmp_path, name, capsys):
 
 
 def test_json_lines_to_train_and_to_validate(data, tmp_path, capsys):
-    train, valid = (json_lines(tmp_path / name, STORIES) for name in ("train", "valid"))
+    odd = [
+        "one\r\n",
+        "\u2028two\x85",
+        "\0",
+        "\ufeff",
+        "👩‍👩‍👧",
+        '"\\',
+        "  six <|endof",
+        "seven \n\n",
+        "text|>",
+        *STORIES,
+    ]
+    train, valid = json_lines(tmp_path / "train", STORIES), json_lines(tmp_path / "valid", odd)
     for _ in range(2):  # the second time, after another has held out an end
         directory = prepare(train_text=train, valid_text=valid, data_dir=data, vocab_size=300)
         said = [line.split()[0] for line in lines(capsys)]
         assert said == ["gathering", "gathering", "training", "encoding", "encoding"]
-        assert all(decoded(directory, split).split(END)[:-1] == STORIES for split in ("train", "valid"))
+        assert decoded(directory, "train").split(END)[:-1] == STORIES
+        assert decoded(directory, "valid").split(END)[:-1] == odd
         prepare(train_text=train, valid_text=valid, data_dir=data, vocab_size=300)
         assert lines(capsys) == []
         prepare(train_text=train, data_dir=data, vocab_size=300)

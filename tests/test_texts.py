@@ -192,6 +192,18 @@ def test_characters_at_the_edge_of_a_block(tmp_path, monkeypatch, block):
         gathered(tmp_path / "own.txt")
 
 
+def test_gathering_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tokenizer.progress.SECONDS_BETWEEN_LINES", 0.0)
+    folder = fill(
+        tmp_path / "notes", a_txt="a" * 3_000_000, b_jsonl=f'"{"b" * 3_000_000}"\n' * 2, c_txt_gz=gzip.compress(b"c")
+    )
+    gather(folder, tmp_path / "gathered", progress=True)
+    said = capsys.readouterr().err.splitlines()
+    shares = [int(line.split()[2].rstrip("%,")) for line in said if "%" in line]
+    assert len(shares) > 2 and shares == sorted(set(shares))
+    assert said[-1].startswith("gathering notes: 9 MB, ")
+
+
 def test_no_room_to_gather(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5))
