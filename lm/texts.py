@@ -37,8 +37,9 @@ MADE_HERE = (
     {"meta.json", "tokenizer"},
     {"vocab.json", "merges.txt"},
     {"config.yaml", "metrics.jsonl"},
+    {"record.json", "output.txt"},
 )
-"""Names by which a folder is known for a dataset, a tokenizer or a run, whose files are no texts."""
+"""Names by which a folder is known for a dataset, a tokenizer, a run or that of a sweep, whose files are no texts."""
 
 BLOCK_BYTES = 1 << 20
 LOOK_BACK_BYTES = 1 << 12  # for a separator at the end of a document, and white space after it

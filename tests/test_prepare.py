@@ -216,6 +216,16 @@ def test_json_lines_to_train_and_to_validate(data, tmp_path, capsys):
         assert [line.split()[0] for line in lines(capsys)] == ["gathering", "training", "encoding", "encoding"]
 
 
+def test_what_was_gathered_is_not_taken_for_what_was_held_out_because_it_is_as_long(data, tmp_path):
+    train = json_lines(tmp_path, STORIES)
+    held_out = decoded(prepare(train_text=train, data_dir=data, vocab_size=300), "valid")
+    valid = json_lines(tmp_path / "valid", ["x" * (len(held_out) - len(END))])
+    for _ in range(2):
+        directory = prepare(train_text=train, valid_text=valid, data_dir=data, vocab_size=300)
+        assert set(decoded(directory, "valid").removesuffix(END)) == {"x"}
+        assert decoded(prepare(train_text=train, data_dir=data, vocab_size=300), "valid") == held_out
+
+
 def folder_of(folder, stories):
     """A folder of a file for each text, and one that is none."""
     (folder / "more").mkdir(parents=True, exist_ok=True)

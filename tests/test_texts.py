@@ -267,8 +267,9 @@ def test_what_this_project_makes_is_no_text(tmp_path):
     folder = fill(tmp_path / "notes", a_txt="a")
     fill(folder, data__x__stages_json="{}", data__x__train_txt="", data__y__meta_json="", data__y__tokenizer__a_txt="")
     fill(folder, tok__vocab_json="{}", tok__merges_txt="", run__config_yaml="", run__metrics_jsonl="", run__s__a_md="")
+    fill(folder, study__run__record_json="{}", study__run__output_txt="")
     assert names(folder) == ["a.txt"]
-    for made in ("data/x", "data/y", "tok", "run"):
+    for made in ("data/x", "data/y", "tok", "run", "study/run"):
         with pytest.raises(ValueError, match=f"{made} is a dataset, a tokenizer or a run, no folder of texts"):
             list_files(folder / made)
 
