@@ -405,8 +405,9 @@ def training_settings(run: Path) -> dict[str, Any]:
         for section, names in wanted.items()
         if section in config
     }
-    if Path((text := config.get("data", {}).get("train_text")) or "").name:
-        found["data"] |= {"corpus": Path(text).name}  # its folder is nobody's business
+    if text := config.get("data", {}).get("train_text"):
+        name = Path(text).name  # its folder is nobody's business
+        found["data"] |= {"corpus": "own texts" if name in ("", "..") else name}
     return found
 
 

@@ -324,5 +324,8 @@ def test_gguf_says_what_ids_the_tokenizer_has_not(tmp_path: Path, small_tokenize
 def test_a_model_card_names_ones_own_text_without_its_folder(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("data: {corpus: builtin, train_text: /home/me/diary.txt}")
     assert training_settings(tmp_path)["data"] == {"corpus": "diary.txt"}
+    for folder, name in {"diary/": "diary", ".": "own texts", "../..": "own texts"}.items():
+        (tmp_path / "config.yaml").write_text(f"data: {{corpus: builtin, train_text: {folder}}}")
+        assert training_settings(tmp_path)["data"] == {"corpus": name}
     (tmp_path / "config-resumed-20300101-000000.yaml").write_text("data: {batch_size: 9}")
     assert training_settings(tmp_path)["data"] == {"batch_size": 9}, "those that the run was last gone on with"
