@@ -8,6 +8,7 @@ text degrades when the first positions leave the cache: Xiao et al. 2023, "Effic
 attention sinks".) `window_start` is the whole rule, for prompts that are too long as well.
 """
 
+import codecs
 import functools
 import math
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +25,7 @@ from torch import Tensor
 from lm.device import pick_device
 from lm.functional import softmax
 from lm.model import KVCache, TransformerLM
+from lm.stops import StopString, TextUntilStop, check_stop
 from tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -171,21 +173,28 @@ class Decoder:
 
 @dataclass
 class Sample:
-    """One continuation of the prompt; `finished` when it ended itself with `<|endoftext|>`, which is not in it.
+    """One continuation of the prompt, as far as it is written.
 
     Probabilities are the model's own, whatever the sampling made of them, as natural logarithms.
 
     Attributes:
-        token_ids: the tokens.
+        token_ids: the tokens, with the one that completes a stop string, without `<|endoftext|>`.
         log_probabilities: that of each.
         alternatives: for each, the most probable tokens at its place and their log-probabilities, best first.
-        finished: whether it ended itself.
+        ended_by: why it is not continued, None while it is; who reads the steps may set it, and so end the sample.
+        pieces: its text up to the stop string, in whole characters as they came; `sample_texts` alone fills it.
     """
 
     token_ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
     alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
-    finished: bool = False
+    ended_by: Literal["end of text", "stop string", "length"] | None = None
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The pieces as one."""
+        return "".join(self.pieces)
 
 
 def sample_batch(
@@ -241,8 +250,11 @@ def sample_batch(
                 allowed = logits.index_fill(-1, barred, -math.inf) if len(barred) else logits
                 text[:, end] = draw(sampling.probabilities(allowed), generators)
             extend(samples, text[:, end], logits, stop_id, num_alternatives)
+            if end == length - 1:
+                for sample in samples:
+                    sample.ended_by = sample.ended_by or "length"
             yield samples
-            if all(sample.finished for sample in samples):
+            if all(sample.ended_by for sample in samples):
                 return
 
     return steps()
@@ -296,9 +308,11 @@ def extend(
     best = logits.topk(min(num_alternatives, logits.shape[-1]))
     best_ids, best_log_probabilities = best.indices.tolist(), (best.values - log_normalisers).tolist()
     for i, (sample, token_id) in enumerate(zip(samples, drawn.tolist(), strict=True)):
+        if sample.ended_by:
+            continue
         if token_id == stop_id:
-            sample.finished = True
-        elif not sample.finished:
+            sample.ended_by = "end of text"
+        else:
             sample.token_ids.append(token_id)
             sample.log_probabilities.append(log_probabilities[i])
             sample.alternatives.append(list(zip(best_ids[i], best_log_probabilities[i], strict=True)))
@@ -357,9 +371,17 @@ def sample_texts(
     sampling: Sampling,
     num_samples: int = 1,
     compile: bool = False,
+    stop: Sequence[str] = (),
 ) -> Iterator[list[Sample]]:
-    """`sample_batch` after texts, until the documents end, with tokens that the tokenizer has."""
-    return sample_batch(
+    """`sample_batch` after texts, with tokens that the tokenizer has; the samples have their text.
+
+    Each ends with its document, or before the first stop string that it completes.
+
+    Raises:
+        ValueError: as for `sample_batch`, `encode_prompt` and `check_stop`.
+    """
+    check_stop(stop)
+    steps = sample_batch(
         model,
         [encode_prompt(tokenizer, prompt) for prompt in prompts],
         sampling,
@@ -368,22 +390,59 @@ def sample_texts(
         barred_ids=ids_without_token(model, tokenizer),
         compile=compile,
     )
+    return add_text(tokenizer, steps, [StopString(string) for string in stop])
 
 
-def decode_steps(tokenizer: Tokenizer, steps: Iterable[list[Sample]]) -> Iterator[str]:
-    """The text of the first sample, in pieces of whole characters as they come."""
-    return tokenizer.decode_stream(samples[0].token_ids[-1] for samples in steps if not samples[0].finished)
+def add_text(
+    tokenizer: Tokenizer, steps: Iterable[list[Sample]], stops: Sequence[StopString]
+) -> Iterator[list[Sample]]:
+    """The steps, with the text of each sample, which a stop string ends."""
+    make_decoder = codecs.getincrementaldecoder("utf-8")
+    going: list[tuple[Sample, codecs.IncrementalDecoder, TextUntilStop]] | None = None
+    for samples in steps:
+        if going is None:
+            going = [(sample, make_decoder("replace"), TextUntilStop(stops)) for sample in samples]
+        for sample, decoder, text in going:
+            final = sample.ended_by is not None
+            token = b"" if sample.ended_by == "end of text" else tokenizer.vocab[sample.token_ids[-1]]
+            if piece := text.take(decoder.decode(token, final), final):
+                sample.pieces.append(piece)
+            if text.stopped:
+                sample.ended_by = "stop string"
+        going = [state for state in going if not state[0].ended_by]
+        yield samples
+
+
+def first_text(steps: Iterable[list[Sample]]) -> Iterator[str]:
+    """The text of the first sample of `sample_texts`, in pieces of whole characters as they come."""
+    num_shown = 0
+    for samples in steps:
+        yield from samples[0].pieces[num_shown:]
+        num_shown = len(samples[0].pieces)
 
 
 def stream(
-    model: TransformerLM, tokenizer: Tokenizer, prompt: str = "", sampling: Sampling = Sampling()
+    model: TransformerLM,
+    tokenizer: Tokenizer,
+    prompt: str = "",
+    sampling: Sampling = Sampling(),
+    *,
+    stop: Sequence[str] = (),
 ) -> Iterator[str]:
     """The continuation of `prompt`, in pieces of whole characters as they come.
 
+    Args:
+        model: decoded as it is.
+        tokenizer: the model's.
+        prompt: default, a new document.
+        sampling: default, the model's own distribution.
+        stop: the first of these strings to be complete ends the text before it; what may be the beginning of one comes
+            when it is known to be none.
+
     Raises:
-        ValueError: the prompt cannot be encoded, see `encode_prompt`.
+        ValueError: the prompt cannot be encoded, see `encode_prompt`, or a stop string is empty.
     """
-    return decode_steps(tokenizer, sample_texts(model, tokenizer, [prompt], sampling))
+    return first_text(sample_texts(model, tokenizer, [prompt], sampling, stop=stop))
 
 
 def generate(
@@ -394,15 +453,18 @@ def generate(
     *,
     num_samples: int = 1,
     compile: bool = False,
+    stop: Sequence[str] = (),
 ) -> list[str]:
     """`num_samples` continuations of each prompt, decoded together; sample i of a prompt is that of `seed + i` alone.
+
+    Each ends before the first of the strings in `stop` that it completes.
 
     Raises:
         ValueError: as for `stream`, or `num_samples` is below 1.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    *_, samples = sample_texts(model, tokenizer, prompts, sampling, num_samples, compile)
-    return [tokenizer.decode(sample.token_ids) for sample in samples]
+    *_, samples = sample_texts(model, tokenizer, prompts, sampling, num_samples, compile, stop)
+    return [sample.text for sample in samples]
 
 
 class Timed:
@@ -420,7 +482,7 @@ class Timed:
 
     def __str__(self) -> str:
         seconds = time.perf_counter() - self.began
-        num_tokens = sum(len(sample.token_ids) + sample.finished for sample in self.samples)
+        num_tokens = sum(len(sample.token_ids) + (sample.ended_by == "end of text") for sample in self.samples)
         return f"{num_tokens} tokens in {seconds:.2f} s ({num_tokens / seconds:,.0f} tokens/s)"
 
 

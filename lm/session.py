@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from lm.generate import Sample, Sampling, Timed, decode_steps, describe, load, sample_texts
+from lm.generate import Sample, Sampling, Timed, describe, first_text, load, sample_texts
 from lm.model import TransformerLM
 from tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def run(
     steps = Timed(sample_texts(model, loaded, texts, sampling, num_samples, compile))
     if len(texts) == num_samples == 1 and not log_probabilities:
         print(texts[0], end="", flush=True)
-        for piece in decode_steps(loaded, steps):
+        for piece in first_text(steps):
             print(piece, end="", flush=True)
         print()
     else:
@@ -110,7 +110,7 @@ def print_samples(
             for token_id, log_probability in zip(sample.token_ids, sample.log_probabilities, strict=True):
                 print(f"{token_id}\t{log_probability:.6f}\t{tokenizer.decode([token_id])!r}")
         else:
-            print(texts[number] + tokenizer.decode(sample.token_ids))
+            print(texts[number] + sample.text)
 
 
 HELP = """\
@@ -211,7 +211,7 @@ class Session:
         self.prompt = self.text = prompt
         try:
             print(prompt, end="", flush=True)
-            for piece in decode_steps(self.tokenizer, steps):
+            for piece in first_text(steps):
                 self.text += piece
                 print(piece, end="", flush=True)
             print(flush=True)

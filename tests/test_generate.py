@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_stops import before_stop
 
 from lm import session as command
 from lm.__main__ import main
@@ -29,6 +30,7 @@ from lm.generate import (
     generate,
     ids_without_token,
     sample_batch,
+    sample_texts,
     sample_tokens,
     stream,
     window_start,
@@ -264,14 +266,14 @@ def test_stops_at_the_end_of_text_of_each_sample() -> None:
     model = make_model()
     sampling = Sampling(max_new_tokens=80)
     *_, samples = sample_tokens(model, [1], sampling, num_samples=8, stop_id=0)
-    assert any(sample.finished for sample in samples)
+    assert any(sample.ended_by == "end of text" for sample in samples)
     *_, all_samples = sample_tokens(model, [1], sampling, num_samples=8)
     unstopped = [sample.token_ids for sample in all_samples]
     for i, sample in enumerate(samples):
         assert 0 not in sample.token_ids
-        assert sample.finished or len(sample.token_ids) == 80
+        assert sample.ended_by == "end of text" or len(sample.token_ids) == 80
         assert sample.token_ids == unstopped[i][: len(sample.token_ids)]
-        if sample.finished:
+        if sample.ended_by == "end of text":
             assert unstopped[i][len(sample.token_ids)] == 0
 
 
@@ -333,6 +335,76 @@ def test_inference_mode_does_not_leak_into_the_caller() -> None:
     for _ in sample_tokens(make_model(), [1], Sampling(max_new_tokens=2)):
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
+
+
+# ------------------------------------------------------------------------------------------------- the stop strings
+
+# Some tokens have an end of line within them, some begin or end within a character.
+MIXED = [b"ab", b"a\n", b"\n\n", b"a\xe7", b"\x8c\xab\nb", b"b\xe7\x8c"]
+LIVELY = Tokenizer(BYTES.vocab | dict(enumerate(MIXED, 257)), [], ["<|endoftext|>"])
+STOPS = [("\n\n",), ("b\n", "猫"), ("ab", "\nb", "a\n\n"), ("\ufffd",), ("never",)]
+
+
+@pytest.fixture
+def lively(monkeypatch: pytest.MonkeyPatch) -> TransformerLM:
+    """A model that draws nothing but those, their letters and the end of the text."""
+    drawn = {0, *LIVELY.encode("ab\n"), *range(257, 263)}
+    monkeypatch.setattr("lm.generate.ids_without_token", lambda *_: sorted({*range(263)} - drawn))
+    return make_model(vocab_size=263)
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=repr)
+def test_each_sample_ends_before_its_first_stop_string(lively: TransformerLM, stop: tuple[str, ...]) -> None:
+    """Of each prompt and seed the text without stop strings, cut; so a sample does not depend on the others either."""
+    prompts, sampling, num_samples = ["a", "a longer one"], Sampling(max_new_tokens=25), 12
+    whole = generate(lively, LIVELY, prompts, sampling, num_samples=num_samples)
+    cut = [before_stop(text, stop) for text in whole]
+    assert generate(lively, LIVELY, prompts, sampling, num_samples=num_samples, stop=stop) == cut
+    for i in range(num_samples):
+        pieces = list(stream(lively, LIVELY, "a", dataclasses.replace(sampling, seed=i), stop=stop))
+        assert "".join(pieces) == cut[i]
+        assert "" not in pieces
+    assert (cut != whole) == (stop != ("never",))
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=repr)
+def test_the_tokens_of_a_sample_end_with_the_one_that_completes_a_stop_string(
+    lively: TransformerLM, stop: tuple[str, ...]
+) -> None:
+    sampling = Sampling(max_new_tokens=12)
+    *_, whole = sample_texts(lively, LIVELY, ["a"], sampling, 30)
+    *_, cut = sample_texts(lively, LIVELY, ["a"], sampling, 30, stop=stop)
+    assert {sample.ended_by for sample in whole} == {"end of text", "length"}
+    for one, other in zip(cut, whole, strict=True):
+        length = len(one.token_ids)
+        assert one.token_ids == other.token_ids[:length]
+        assert one.log_probabilities == pytest.approx(other.log_probabilities[:length], abs=1e-4)
+        stopped = any(string in other.text for string in stop)
+        assert one.ended_by == ("stop string" if stopped else other.ended_by)
+        if not stopped:
+            assert one.token_ids == other.token_ids
+        elif stop != ("\ufffd",):  # which is known to be one only after the token that follows
+            assert any(string in LIVELY.decode(one.token_ids) for string in stop)
+            assert not any(string in LIVELY.decode(one.token_ids[:-1]) for string in stop)
+
+
+def test_a_batch_ends_with_its_last_sample(lively: TransformerLM) -> None:
+    """Of samples that write a letter or an end of line each time, as soon as they have none of three bytes left."""
+    sampling = Sampling(max_new_tokens=10_000)
+    steps = [
+        max(len(sample.token_ids) for sample in samples)
+        for samples in sample_texts(lively, LIVELY, ["a", "b"], sampling, 3, stop=["a", "b", "\n"])
+    ]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) < 10
+
+
+@pytest.mark.parametrize(("stop", "message"), [([""], "a stop string is empty"), ("END", "stop='END' must be a list")])
+def test_bad_stop_strings_are_refused_at_once(stop: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stream(make_model(), BYTES, "a", stop=stop)
+    with pytest.raises(ValueError, match=message):
+        generate(make_model(), BYTES, "a", stop=stop)
 
 
 # ------------------------------------------------------------------------------------------------------ the command

@@ -24,7 +24,7 @@ tokenizer.kernels tokenizer.files tokenizer.progress tokenizer.chunks tokenizer.
 tokenizer.train tokenizer.bpe tokenizer.encode tokenizer tokenizer.stats tokenizer.show tokenizer.synthetic
 tokenizer.rivals tokenizer.bench tokenizer.options tokenizer.__main__
 lm lm.device lm.gradients lm.functional lm.layers lm.model lm.optim lm.accounting lm.grammar lm.download lm.texts
-lm.prepare lm.data lm.checkpoint lm.generate lm.session lm.serve lm.export lm.module lm.options lm.control
+lm.prepare lm.data lm.checkpoint lm.stops lm.generate lm.session lm.serve lm.export lm.module lm.options lm.control
 lm.callbacks lm.report lm.bundle lm.ranks lm.parser lm.problems lm.cli lm.apart lm.rivals lm.entrants lm.measure
 lm.bench lm.sweep lm.__main__
 """.split()
@@ -39,6 +39,7 @@ ONLY = {
     "lm.optim": [],
     "lm.accounting": ["lm.gradients", "lm.model"],
     "lm.data": ["lm.prepare"],
+    "lm.stops": [],
     "lm.apart": [],
     "lm.rivals": ["lm.model"],
     "lm.checkpoint": ["lm.model", "tokenizer.files"],
