@@ -5,11 +5,12 @@ import gc
 import importlib
 import inspect
 import itertools
+import math
 import os
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,6 +82,9 @@ def spelled_out(tool: Callable[..., Any], args: list[str]) -> list[str]:
         if first == "prompt" and len(words) > 1:
             raise ValueError(f'put the prompt in quotes: --prompt "{" ".join(words)}"')
         args = [f"--{first}={args[0]}", *args[1:]]
+    for parameter in parameters:
+        if parameter.annotation == tuple[str, ...] | None:
+            args = gathered(f"--{parameter.name}", args)
     given = Counter(arg.partition("=")[0] for arg in args)
     for parameter in parameters:
         if given[f"--{parameter.name}"] > 1:
@@ -91,6 +95,37 @@ def spelled_out(tool: Callable[..., Any], args: list[str]) -> list[str]:
         f"{arg}=true" if arg in switches and value not in ("true", "false") else arg
         for arg, value in zip(args, following, strict=False)
     ]
+
+
+def gathered(option: str, args: list[str]) -> list[str]:
+    """Options with all values of one as a list, quoted, for the parser would take them for YAML.
+
+    Raises:
+        ValueError: a value is no UTF-8.
+    """
+    import yaml
+
+    values: list[str] = []
+    others: list[str] = []
+    words = deque(args)
+    while words:
+        word = words.popleft()
+        name, equals, value = word.partition("=")
+        if name == option and equals:
+            values.append(value)
+        elif name == option and words and not words[0].startswith("--"):
+            values.append(words.popleft())
+        else:
+            others.append(word)
+    if not values:
+        return others
+    for value in values:
+        try:
+            value.encode()  # of other bytes Python has made lone surrogates
+        except UnicodeEncodeError:
+            raise ValueError(f"{option} {value!r} is not UTF-8: convert it, e.g. with iconv") from None
+    quoted = yaml.safe_dump(values, default_style='"', default_flow_style=True, width=math.inf)
+    return [*others, f"{option}={quoted.strip()}"]
 
 
 def main(argv: list[str]) -> int:

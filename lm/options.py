@@ -97,7 +97,10 @@ def plain_type(name: str) -> str:
 
     >>> plain_type("Optional[Literal['scratch', 'fused']]"), plain_type("<class 'Path'>")
     ('scratch | fused | null', 'Path')
+    >>> plain_type("Optional[tuple[str, ...]]")  # of an option that may be there more than once, each time
+    'str | null'
     """
+    name = name.replace("tuple[str, ...]", "str")
     name = re.sub(r"<class '([\w.]+)'>", r"\1", name)
     name = re.sub(r"Literal\[(.*?)\]", lambda literal: re.sub(r",\s*", " | ", literal[1].replace("'", "")), name)
     name = re.sub(r"Union\[([^\[\]]*)\]", lambda union: union[1].replace(", ", " | "), name)

@@ -3,11 +3,13 @@
 import contextlib
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from lm.generate import Sample, Sampling, Timed, describe, first_text, load, sample_texts
 from lm.model import TransformerLM
+from lm.stops import check_stop, typed
 from tokenizer import Tokenizer
 
 
@@ -21,6 +23,7 @@ def run(
     top_k: int | None = None,
     top_p: float | int = 0.95,
     min_p: float | int = 0.0,
+    stop: tuple[str, ...] | None = None,
     seed: int | None = None,
     num_samples: int = 1,
     interactive: bool = False,
@@ -29,7 +32,7 @@ def run(
     device: str = "auto",
     logs: Path = Path("logs"),
 ) -> None:
-    """Continue a prompt with a trained model; the text goes to stdout as it comes, the speed to stderr.
+    r"""Continue a prompt with a trained model; the text goes to stdout as it comes, the speed to stderr.
 
     Args:
         prompt: the text to continue; left out, it is read from stdin where that is a pipe, and else empty. An empty
@@ -37,15 +40,18 @@ def run(
         prompts: a file with one prompt a line, all continued together as one batch.
         ckpt: a checkpoint file or a run directory; default, the newest run. Of a run, the best checkpoint.
         tokenizer: its directory; default, the copy in the run directory.
-        max_new_tokens: length of each sample, unless it ends itself with <|endoftext|>.
+        max_new_tokens: length of each sample, unless it ends before, with <|endoftext|> or a text of --stop.
         temperature: 0 takes the most probable token each time; higher is more varied.
         top_k: draw from the k most probable tokens only.
         top_p: draw from the smallest set of tokens with this much of the probability.
         min_p: draw from tokens at least this many times as probable as the most probable one.
+        stop: a text before which a sample ends when it has written it; again for more: --stop A --stop B. In it \n, \t
+            and \\ mean a line feed, a tab and a backslash; all else is taken as it is.
         seed: same seed, same text; default, a new one each time, said on stderr.
         num_samples: several continuations, decoded together; sample i is that of seed + i.
         interactive: a session in the terminal; /help there says what it knows.
-        log_probabilities: list each token with the natural logarithm of its probability instead of the text.
+        log_probabilities: list each token with the natural logarithm of its probability instead of the text, up to the
+            one that completes a text of --stop.
         compile: use torch.compile for each further token: the first takes up to a minute on a CPU.
         device: cpu, cuda, mps, ...; auto takes a CUDA GPU where there is one.
         logs: where the runs are.
@@ -56,12 +62,14 @@ def run(
         raise ValueError("--prompts goes with no other prompt: leave that out, and --interactive")
     if interactive and (prompt is not None or num_samples != 1 or log_probabilities):
         raise ValueError("--interactive goes with no --prompt, --num_samples or --log_probabilities: leave them out")
+    stops = [typed(text) for text in stop or ()]
+    check_stop(stops)
     model, loaded, info = load(ckpt, logs, tokenizer, device)
     if interactive:
-        Session(model, loaded, sampling, describe(model, info), compile).run()
+        Session(model, loaded, sampling, describe(model, info), compile, stops).run()
         return
     texts = read_prompts(prompt, prompts)
-    steps = Timed(sample_texts(model, loaded, texts, sampling, num_samples, compile))
+    steps = Timed(sample_texts(model, loaded, texts, sampling, num_samples, compile, stops))
     if len(texts) == num_samples == 1 and not log_probabilities:
         print(texts[0], end="", flush=True)
         for piece in first_text(steps):
@@ -118,6 +126,8 @@ Type the beginning of a text; Enter lets the model go on.
   Enter alone       goes on with the last text
   /again            the last prompt once more, with another seed
   /temperature 0.5  changes a setting; so do /top_k /top_p /min_p /max_new_tokens /seed
+  /stop TEXT        ends texts before TEXT, in which \\n means a line feed, \\t a tab and \\\\ a backslash;
+                    again for more, alone to forget them all
   /settings         shows them
   /help             shows this
   /quit, Ctrl-D     ends; Ctrl-C stops a text, not the session
@@ -135,12 +145,20 @@ class Session:
         sampling: to begin with.
         title: said at the beginning.
         compile: use torch.compile.
+        stop: strings that end a text, to begin with.
     """
 
     def __init__(
-        self, model: TransformerLM, tokenizer: Tokenizer, sampling: Sampling, title: str = "", compile: bool = False
+        self,
+        model: TransformerLM,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        title: str = "",
+        compile: bool = False,
+        stop: Sequence[str] = (),
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.title, self.compile = model, tokenizer, sampling, title, compile
+        self.stop = list(stop)
         self.prompt = self.text = ""  # the last prompt, and with its continuation
 
     def run(self) -> None:
@@ -183,7 +201,10 @@ class Session:
         elif name == "help":
             self.say(HELP)
         elif name == "settings":
-            self.say(" ".join(f"{name}={value}" for name, value in asdict(self.sampling).items()))
+            settings = asdict(self.sampling) | {"stop": self.stop}
+            self.say(" ".join(f"{name}={value}" for name, value in settings.items()))
+        elif name == "stop":
+            self.stop_at([*self.stop, typed(value)] if value else [])
         elif name in asdict(self.sampling):
             self.change(name, value.strip())
         else:
@@ -205,9 +226,16 @@ class Session:
         self.sampling = replace(self.sampling, **{name: changed})  # type: ignore[arg-type]
         self.say(f"{name}={changed}")
 
+    def stop_at(self, stop: list[str]) -> None:
+        """Set the strings before which a text ends."""
+        check_stop(stop)
+        self.stop = stop
+        self.say(f"stop={stop}")
+
     def write(self, prompt: str) -> None:
         """Print a prompt and its continuation as it comes, then the speed."""
-        steps = Timed(sample_texts(self.model, self.tokenizer, [prompt], self.sampling, compile=self.compile))
+        settings = self.sampling, 1, self.compile, self.stop
+        steps = Timed(sample_texts(self.model, self.tokenizer, [prompt], *settings))
         self.prompt = self.text = prompt
         try:
             print(prompt, end="", flush=True)

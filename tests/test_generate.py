@@ -1,5 +1,6 @@
 """lm.generate: the cache against full recomputation, the filters against their definitions, text, the command."""
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -475,6 +476,58 @@ def test_command_continues_a_file_of_prompts(
         command.run(prompt="caf\udce9", ckpt=checkpoint)
 
 
+def test_command_ends_each_sample_before_a_stop_string(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 80, "temperature": 1.0, "top_p": 1.0, "seed": 1}
+    sampling = Sampling(max_new_tokens=80, seed=1)
+    [cut] = generate(make_model(), BYTES, "ab", sampling, stop=["\n"])
+    assert len(cut) == 46
+    command.run("ab", ckpt=checkpoint, stop=(r"\n",), **settings)
+    assert capsys.readouterr().out == f"ab{cut}\n"
+    (tmp_path / "prompts.txt").write_text("ab\nlonger\n")
+    command.run(prompts=tmp_path / "prompts.txt", ckpt=checkpoint, stop=(r"\n", "e"), num_samples=2, **settings)
+    out = capsys.readouterr().out
+    for prompt in ("ab", "longer"):
+        for text in generate(make_model(), BYTES, prompt, sampling, num_samples=2, stop=["\n", "e"]):
+            assert f"\n{prompt}{text}\n" in out
+    command.run("ab", ckpt=checkpoint, stop=(r"\n",), log_probabilities=True, **settings)
+    ids = [int(line.split("\t")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert BYTES.decode(ids) == f"{cut}\n"
+    with pytest.raises(ValueError, match="a stop string is empty: leave it out"):
+        command.run("ab", ckpt=checkpoint, stop=("",))
+
+
+def test_stop_strings_are_what_was_typed_whatever_yaml_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["\n\n", "Q:", "- a", "[a", "{a: 1}", "null", "12", "# x", " ", '"', "'", r"\n", "猫🙂", "\x7f\u2028", "@x"]
+    seen: list[tuple[str, ...] | None] = []
+
+    def run(prompt: str | None = None, stop: tuple[str, ...] | None = None) -> None:
+        seen.append(stop)
+
+    monkeypatch.setattr(command, "run", run)
+    assert main(["generate", "a", *(word for text in texts for word in ("--stop", text))]) == 0
+    assert main(["generate", *(f"--stop={text}" for text in [*texts, "--a"]), "--prompt=a"]) == 0
+    assert seen == [tuple(texts), (*texts, "--a")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stop"], "argument --stop: expected one argument"),
+        (["--stop", "--seed=3"], "argument --stop: expected one argument"),
+        (["a", "--stop=", "x"], "'x' is one word too many: a value with blanks in it goes in quotes"),
+        (["--stop", ""], "a stop string is empty: leave it out"),
+        (["--stop=caf\udce9"], r"--stop 'caf\udce9' is not UTF-8: convert it, e.g. with iconv"),
+    ],
+    ids=str,
+)
+def test_what_is_no_stop_string_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    with contextlib.suppress(SystemExit):
+        main(["generate", *words])
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
 def session(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     command.run(ckpt=checkpoint, interactive=True, seed=0)
@@ -518,9 +571,26 @@ def test_session_says_what_is_wrong_and_goes_on(
         "seed=-1 must be in",
         "max_new_tokens=1000000000000 must be at most 1,000,000",
         "/temperature 0.5  changes a setting",
+        r"/stop TEXT        ends texts before TEXT, in which \n means a line feed, \t a tab and \\ a backslash;",
     ):
         assert message in err
     assert err.count("top_k=None top_p=0.95") == 2
+
+
+def test_a_session_ends_texts_before_stop_strings_until_it_is_told_to_forget_them(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = greedy("one")
+    stop = [r"/stop  a\n", f"/stop {whole[4]}"]
+    session(monkeypatch, checkpoint, "/temperature 0", "/max_new_tokens 3", *stop, "one", "/settings", "/stop", "one")
+    out, err = capsys.readouterr()
+    assert out == f"{whole[: whole.index(whole[4], 3)]}\n{whole}\n"
+    stops = [" a\n", whole[4]]
+    assert re.findall("^stop=(.*)$", err, re.MULTILINE) == [str(stops[:1]), str(stops), "[]"]
+    assert f"seed=1 stop={stops}\n" in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/settings\n"))
+    command.run(ckpt=checkpoint, interactive=True, stop=("END", r"\n"))
+    assert "stop=['END', '\\n']\n" in capsys.readouterr().err
 
 
 def test_a_session_without_stdin_ends_at_once(
