@@ -26,7 +26,8 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,10 +45,11 @@ from lm.generate import (
     sample_tokens,
 )
 from lm.model import TransformerLM
+from lm.stops import StopString, TextUntilStop, check_stop
 from tokenizer import Tokenizer
 
 PAGE = Path(__file__).with_name("serve.html")
-NOT_SAMPLING: dict[str, Any] = {"prompt": "", "token_ids": (), "forced_ids": ()}
+NOT_SAMPLING: dict[str, Any] = {"prompt": "", "token_ids": (), "forced_ids": (), "stop": ()}
 NUM_ALTERNATIVES = 8
 MAX_BODY_BYTES = 1 << 18
 MAX_NEW_TOKENS = 4096
@@ -65,12 +67,14 @@ class Request:
         prompt: encoded first.
         token_ids: follow the prompt; the browser has them already.
         forced_ids: follow them; taken instead of drawn, and sent like the rest.
+        stop: strings before which the text ends, if it has one after `token_ids`.
         sampling: for the rest.
     """
 
     prompt: str
     token_ids: Sequence[int]
     forced_ids: Sequence[int]
+    stop: Sequence[str]
     sampling: Sampling
 
 
@@ -86,11 +90,14 @@ def read_request(body: bytes) -> Request:
         raise ValueError(f"the body is no JSON: {error}") from None
     if not isinstance(asked, dict):
         raise ValueError("the body is no JSON object")
-    prompt, token_ids, forced_ids = (asked.pop(name, default) for name, default in NOT_SAMPLING.items())
+    prompt, token_ids, forced_ids, stop = (asked.pop(name, default) for name, default in NOT_SAMPLING.items())
     if not isinstance(prompt, str):
         raise ValueError("prompt must be a string")
     if not all(isinstance(ids, list | tuple) and all(type(i) is int for i in ids) for ids in (token_ids, forced_ids)):
         raise ValueError("token_ids and forced_ids must be lists of whole numbers")
+    if not (isinstance(stop, list | tuple) and all(isinstance(string, str) for string in stop)):
+        raise ValueError("stop must be a list of strings")
+    check_stop(stop)
     kinds: dict[str, Any] = {field.name: field.type for field in fields(Sampling)}
     for name, value in asked.items():
         if name not in kinds:
@@ -100,14 +107,15 @@ def read_request(body: bytes) -> Request:
     settings: dict[str, Any] = {"seed": random.randrange(2**31), "temperature": 0.8, "top_p": 0.95}
     if asked.get("max_new_tokens", 0) > MAX_NEW_TOKENS:
         raise ValueError(f"max_new_tokens={asked['max_new_tokens']} must be at most {MAX_NEW_TOKENS} here")
-    return Request(prompt, token_ids, forced_ids, Sampling(**settings | asked))
+    return Request(prompt, token_ids, forced_ids, stop, Sampling(**settings | asked))
 
 
 def pieces(tokenizer: Tokenizer, steps: Iterator[list[Sample]], stop_id: int | None) -> Iterator[dict[str, Any]]:
     r"""The first sample as it comes, in pieces of whole characters with the tokens that they are made of.
 
     A character of several tokens comes when it is complete, all its tokens at once. Bytes that are no UTF-8 are written
-    as escapes, `\xe7`, and their piece is marked. The token of `<|endoftext|>` is a piece without text, the last one.
+    as escapes, `\xe7`, and their piece is marked. The token of `<|endoftext|>` is a piece without text, the last one,
+    which says so.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     token_ids: list[int] = []
@@ -128,7 +136,7 @@ def pieces(tokenizer: Tokenizer, steps: Iterator[list[Sample]], stop_id: int | N
         if token_id == stop_id:
             if tokens:
                 yield piece(text + decoder.decode(b"", final=True))
-            yield {"text": "", "end": True, "tokens": [told(tokenizer, sample)]}
+            yield {"text": "", "end": "end of text", "tokens": [told(tokenizer, sample)]}
             return
         token_ids.append(token_id)
         tokens.append(told(tokenizer, sample))
@@ -138,6 +146,29 @@ def pieces(tokenizer: Tokenizer, steps: Iterator[list[Sample]], stop_id: int | N
             text = ""
     if tokens:
         yield piece(text + decoder.decode(b"", final=True))
+
+
+def until_stop(tokenizer: Tokenizer, events: Iterable[dict[str, Any]], stop: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The pieces of a text up to a stop string; those that may have a part of one come when it is known.
+
+    The last one has the tokens of the stop string, and of its text what stands before that.
+    """
+    text, certain = TextUntilStop([StopString(string) for string in stop]), ""
+    waiting: deque[tuple[int, dict[str, Any]]] = deque()
+    for event in events:
+        tokens = [] if "end" in event else event["tokens"]
+        piece = b"".join(tokenizer.vocab.get(token["id"], b"") for token in tokens).decode(errors="replace")
+        waiting.append((len(piece), event))
+        certain += text.take(piece)
+        while waiting and waiting[0][0] <= len(certain):
+            length, first = waiting.popleft()
+            certain = certain[length:]
+            yield first
+        if text.stopped:
+            tokens = [token for _, late in waiting for token in late["tokens"]]
+            yield {"text": certain, "end": "stop string", "tokens": tokens}
+            return
+    yield from (event for _, event in waiting)
 
 
 def told(tokenizer: Tokenizer, sample: Sample) -> dict[str, Any]:
@@ -233,7 +264,8 @@ class Server(ThreadingHTTPServer):
 
         def events() -> Iterator[dict[str, Any]]:
             began, num_tokens = time.perf_counter(), 0
-            for event in pieces(self.tokenizer, self.in_turn(steps), stop_id):
+            written = pieces(self.tokenizer, self.in_turn(steps), stop_id)
+            for event in until_stop(self.tokenizer, written, request.stop):
                 num_tokens += len(event["tokens"])
                 yield event
             yield {"num_tokens": num_tokens, "seconds": time.perf_counter() - began, "seed": sampling.seed}

@@ -178,7 +178,7 @@ def test_a_character_of_several_tokens_is_one_piece(server: Server, say: Say) ->
     assert [len(piece["tokens"]) for piece in pieces] == [1, 2, 3, 4, 1, 1]
     assert [token["spelling"] for token in pieces[2]["tokens"]] == ["\\xe7", "\\x8c", "\\xab"]
     assert not any("escaped" in piece for piece in pieces)
-    assert pieces[-1]["end"]
+    assert pieces[-1]["end"] == "end of text"
     assert pieces[-1]["tokens"][0]["spelling"] == "<|endoftext|>"
     assert summary["num_tokens"] == 12
 
@@ -212,6 +212,39 @@ def test_a_text_goes_on_where_it_was_and_takes_what_was_chosen(server: Server) -
     assert token_ids(chosen) == ids[5:]
     other, _ = written(server, prompt="ab", token_ids=ids[:5], forced_ids=[66], max_new_tokens=3)
     assert token_ids(other)[0] == 66
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_text_ends_before_a_stop_string_as_that_of_generate(server: Server, seed: int) -> None:
+    settings = {"max_new_tokens": 60, "seed": seed, "temperature": 2.0, "top_p": 1.0}
+    [whole] = generate(server.model, BYTES, "ab", Sampling(**settings))
+    for stop in ([whole[20:23]], [whole[30:32], whole[31:35], "never"], ["\ufffd"], ["never"]):
+        [cut] = generate(server.model, BYTES, "ab", Sampling(**settings), stop=stop)
+        pieces, summary = written(server, prompt="ab", stop=stop, **settings)
+        assert summary["num_tokens"] == len(token_ids(pieces))
+        assert (pieces[-1].get("end") == "stop string") == any(string in whole for string in stop)
+        end = pieces.pop()["text"] if "end" in pieces[-1] else ""
+        assert BYTES.decode(token_ids(pieces)) + end == cut
+
+
+def test_what_may_be_a_stop_string_waits_and_is_one_piece_in_the_end(server: Server, say: Say) -> None:
+    say([*BYTES.encode("a\nno\n\nQ!"), 0])
+    pieces, _ = written(server, prompt="a", stop=["\n\nQ"])
+    assert [piece["text"] for piece in pieces] == ["a", "\n", "n", "o", ""]
+    assert pieces[-1]["end"] == "stop string"
+    assert [token["spelling"] for token in pieces[-1]["tokens"]] == ["\n", "\n", "Q"]
+    pieces, _ = written(server, prompt="a", stop=["!!", "endoftext"])
+    assert [piece["text"] for piece in pieces] == [*"a\nno\n\nQ!", ""]
+    assert pieces[-1]["end"] == "end of text"
+
+
+def test_a_stop_string_may_begin_and_end_within_a_token() -> None:
+    tokens = [b"yes. ", b"No", b"\n\n", b"Q: what"]
+    tokenizer = Tokenizer(BYTES.vocab | dict(enumerate(tokens, 257)), [])
+    events = [{"text": token.decode(), "tokens": [{"id": i}]} for i, token in enumerate(tokens, 257)]
+    end = {"text": "N", "end": "stop string", "tokens": [{"id": 258}, {"id": 259}, {"id": 260}]}
+    assert list(serve.until_stop(tokenizer, events, ["o\n\nQ"])) == [events[0], end]
+    assert list(serve.until_stop(tokenizer, events, ["Q: what?", "none"])) == events
 
 
 def test_ids_that_the_tokenizer_lacks_are_named_and_not_drawn(server: Server) -> None:
@@ -334,9 +367,13 @@ def test_a_server_that_stops_ends_its_texts(server: Server, monkeypatch: pytest.
         (b'{"seed": 99999999999999999999}', "seed=99999999999999999999 must be in"),
         (b'{"max_new_tokens": 4097}', "max_new_tokens=4097 must be at most 4096 here"),
         (b'{"max_new_tokens": 0}', "max_new_tokens=0 must be at least 1"),
-        (b'{"warmth": 1}', "warmth is no setting: there are prompt, token_ids, forced_ids, temperature"),
+        (b'{"warmth": 1}', "warmth is no setting: there are prompt, token_ids, forced_ids, stop, temperature"),
         (b'{"token_ids": 1}', "token_ids and forced_ids must be lists of whole numbers"),
         (b'{"forced_ids": [1.0]}', "token_ids and forced_ids must be lists of whole numbers"),
+        (b'{"stop": "END"}', "stop must be a list of strings"),
+        (b'{"stop": [1]}', "stop must be a list of strings"),
+        (b'{"stop": ["END", ""]}', "a stop string is empty: leave it out"),
+        (b'{"stop": ["\\ud800"]}', "is not all UTF-8"),
         (b'{"token_ids": [257]}', "token id 257 is not in [0, vocab_size=257)"),
         (b'{"forced_ids": [-1]}', "token id -1 is not in"),
     ],
@@ -499,6 +536,24 @@ def test_browser_shows_a_text_and_what_else_it_could_have_been(page: Browser, se
     assert page.evaluate("document.querySelectorAll('#choices li').length") == 3 * 8
     page.press("Escape")
     assert page.evaluate("document.querySelector('#choices').hidden")
+
+
+@pytest.mark.slow
+def test_browser_ends_a_text_before_a_stop_string(page: Browser, say: Say) -> None:
+    def write(stop: str) -> str:
+        page.evaluate(f"document.querySelector('#ends').value = {json.dumps(stop)}")
+        page.evaluate("document.querySelector('#write').click()")
+        page.wait_for("document.querySelector('#status').textContent.includes('tokens/s')")
+        return page.evaluate("document.querySelector('#text').textContent")
+
+    say([*BYTES.encode("a\\b\nno\n\nQ!"), 0])
+    page.evaluate("document.querySelector('#prompt').value = '>'")
+    assert write("a\\\\b!\n\n\\n\\nQ\n") == ">a\\b\nnostop string"
+    assert page.evaluate("document.querySelector('#more').disabled")
+    page.move_to("#text .end")
+    page.wait_for("!document.querySelector('#choices').hidden")
+    assert "Part 3 of 3: Q 100 %" in page.evaluate("document.querySelector('#choices').innerText")
+    assert write("a\\\\b") == ">stop string"
 
 
 @pytest.mark.slow
