@@ -356,6 +356,7 @@ class TokenDataModule(pl.LightningDataModule):
         directory: a prepared dataset, used as it is.
         data_dir: where prepared datasets lie.
         vocab_size: size of the tokenizer to train; by default what suits the corpus, or the size of the text.
+        tokenizer: encode with this one, its folder or a run's, instead of training one.
         context_length: tokens per training window.
         val_context_length: tokens per validation window; context_length by default.
         batch_size: windows per batch and device.
@@ -375,6 +376,7 @@ class TokenDataModule(pl.LightningDataModule):
         directory: str | None = None,
         data_dir: str = "data",
         vocab_size: int | None = None,
+        tokenizer: str | None = None,
         context_length: int = 256,
         val_context_length: int | None = None,
         batch_size: int = 32,
@@ -386,7 +388,7 @@ class TokenDataModule(pl.LightningDataModule):
         changed_data: Literal["refuse", "accept"] = "refuse",
     ):
         super().__init__()
-        self.corpus, self.train_text, self.valid_text = corpus, train_text, valid_text
+        self.corpus, self.train_text, self.valid_text, self.tokenizer = corpus, train_text, valid_text, tokenizer
         self.directory = Path(directory) if directory is not None else None
         self.data_dir, self.context_length, self.batch_size = data_dir, context_length, batch_size
         self.val_context_length = context_length if val_context_length is None else val_context_length
@@ -408,11 +410,14 @@ class TokenDataModule(pl.LightningDataModule):
             if vocab_size not in (None, self.vocab_size):
                 raise ValueError(f"vocab_size={vocab_size}, but {directory} was made with {self.vocab_size}")
         else:
-            from lm.prepare import default_vocab_size
+            from lm.prepare import default_vocab_size, load_tokenizer
 
-            if vocab_size is None:
-                vocab_size = default_vocab_size(None if train_text else corpus, train_text)
-            self.vocab_size = vocab_size
+            if vocab_size is not None:
+                self.vocab_size = vocab_size
+            elif tokenizer is not None:
+                self.vocab_size = load_tokenizer(tokenizer).vocab_size
+            else:
+                self.vocab_size = default_vocab_size(None if train_text else corpus, train_text)
         self.meta: dict[str, Any] = {}
         self._splits: dict[str, TokenFile] = {}
         self._device_tokens: DeviceTokens | None = None
@@ -439,8 +444,14 @@ class TokenDataModule(pl.LightningDataModule):
     def _prepare(self) -> Path:
         from lm.prepare import prepare
 
-        corpus = None if self.train_text else self.corpus
-        return prepare(corpus, self.train_text, self.valid_text, data_dir=self.data_dir, vocab_size=self.vocab_size)
+        return prepare(
+            None if self.train_text else self.corpus,
+            self.train_text,
+            self.valid_text,
+            data_dir=self.data_dir,
+            vocab_size=self.vocab_size,
+            tokenizer=self.tokenizer,
+        )
 
     def setup(self, stage: str) -> None:
         """Open and check the token files. Every process comes here after `prepare_data`.

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,10 +34,11 @@ from lm.texts import (
 from tokenizer.bpe import Tokenizer
 from tokenizer.encode import encode_files
 from tokenizer.files import END_OF_TEXT, write_json
+from tokenizer.pretokenize import check_special_tokens
 from tokenizer.train import train_bpe
 
-SPECIAL_TOKENS = [END_OF_TEXT]
 SPLITS = ("train", "valid")
+TOKENIZER_FILES = [f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer.json", "meta.json")]
 
 BUILTIN_BYTES = {"train": 4_000_000, "valid": 200_000}
 BUILTIN_SEEDS = {"train": 1, "valid": 2}
@@ -96,9 +97,13 @@ def prepare(
     *,
     data_dir: str | os.PathLike[str] = "data",
     vocab_size: int | None = None,
+    special_tokens: Sequence[str] = (),
+    tokenizer: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Path:
     """Make what is missing of a dataset; its directory, `data_dir`/<corpus or name of the text>.
+
+    With a tokenizer that there is, that of the token files is `data_dir`/<name>-for-<the tokenizer's hash>.
 
     What is done is said on stderr, a line a stage; nothing is said where nothing is left to do. Processes that prepare
     the same dataset wait for each other.
@@ -115,23 +120,28 @@ def prepare(
             them), and where none of these does, whole lines.
         data_dir: where datasets lie.
         vocab_size: of the tokenizer; by default `default_vocab_size`.
+        special_tokens: strings that become one token each, beside `<|endoftext|>`.
+        tokenizer: encode with this one, a folder or a run's, instead of training one.
         progress: draw progress bars also where stderr is no terminal.
 
     Raises:
         ValueError: an unknown corpus, a text that is empty, cannot be read (with file and line or byte) or cut in two,
-            a download that is not what it should be, or a directory that holds the dataset of another text of that
-            name, or the text itself.
-        FileNotFoundError: no text of that name.
+            a download that is not what it should be, a directory that holds the dataset of another text of that name,
+            or the text itself, a tokenizer that is damaged or of another size.
+        FileNotFoundError: no text of that name, no tokenizer there.
         OSError: no room on the disk, no network.
     """
     if (corpus is None) == (train_text is None):
         raise ValueError(f"corpus={corpus}, train_text={train_text}: give either a corpus or a text")
     if corpus is not None and corpus not in CORPORA:
         raise ValueError(f"corpus={corpus!r} must be one of {', '.join(CORPORA)}; a text goes into train_text")
+    given = None if tokenizer is None else _given_tokenizer(tokenizer, vocab_size, special_tokens)
+    specials = [END_OF_TEXT, *(token for token in special_tokens if token != END_OF_TEXT)]
+    check_special_tokens(specials)
     if vocab_size is None:
         vocab_size = default_vocab_size(corpus, train_text)
-    if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise ValueError(f"vocab_size={vocab_size} must be at least {256 + len(SPECIAL_TOKENS)}: bytes, special tokens")
+    if vocab_size < 256 + len(specials) and given is None:
+        raise ValueError(f"vocab_size={vocab_size} must be at least {256 + len(specials)}: bytes, special tokens")
     own = [check_text(name, path) for name, path in (("train_text", train_text), ("valid_text", valid_text)) if path]
     directory = Path(data_dir) / (corpus or dataset_name(own[0]))
     _refuse_overlap(directory, *own)
@@ -143,9 +153,12 @@ def prepare(
             texts = _builtin_texts(stages)
         else:
             texts = _downloaded_texts(stages, corpus, progress)
-        _train_tokenizer(stages, texts["train"], vocab_size, progress)
+        entropies = {split: _entropy(stages, split) for split in SPLITS}
+        if given is not None:
+            return _encode_for(given, texts, entropies, directory, progress)
+        _train_tokenizer(stages, texts["train"], vocab_size, specials, progress)
         for split in SPLITS:
-            _encode(stages, split, texts[split], progress)
+            _encode(stages, split, texts[split], entropies[split], progress)
     return directory
 
 
@@ -154,6 +167,8 @@ def run(
     valid_text: str | None = None,  # no Path, of which the parser would say itself that it is not UTF-8
     data_dir: Path = Path("data"),
     vocab_size: int | None = None,
+    special_tokens: list[str] | None = None,
+    tokenizer: str | None = None,
     progress: bool = False,
 ) -> None:
     """Get a corpus, train its tokenizer and encode it, as far as that is not done yet.
@@ -163,10 +178,21 @@ def run(
         valid_text: the validation text beside your own text; default, a tail of whole documents is held out.
         data_dir: where datasets lie.
         vocab_size: of the tokenizer; default, 2,048 (builtin), 10,000 (tinystories), 32,000 (owt), or by size.
+        special_tokens: strings that become one token each, beside `<|endoftext|>`: ["<|user|>", "<|model|>"].
+        tokenizer: encode with this one, a folder or a run's, instead of training one.
         progress: draw progress bars also where stderr is no terminal.
     """
     name, text = (corpus, None) if corpus in CORPORA else (None, corpus)
-    directory = prepare(name, text, valid_text, data_dir=data_dir, vocab_size=vocab_size, progress=progress)
+    directory = prepare(
+        name,
+        text,
+        valid_text,
+        data_dir=data_dir,
+        vocab_size=vocab_size,
+        special_tokens=special_tokens or (),
+        tokenizer=tokenizer,
+        progress=progress,
+    )
     meta = json.loads((directory / "meta.json").read_bytes())
     for split in SPLITS:
         record = meta["splits"][split]
@@ -191,14 +217,35 @@ def prepare_validation(text: str | os.PathLike[str], tokenizer: Path, data_dir: 
         FileNotFoundError: no such text or tokenizer.
         ValueError: the text is empty, or cannot be read.
     """
-    path, loaded = check_text("valid_text", text), Tokenizer.from_directory(tokenizer)
-    directory = Path(data_dir) / f"{stem(path)}-for-{loaded.sha256[:8]}"
-    with _alone(directory), advice():
-        loaded.save(directory / "tokenizer")
-        stages = Stages(directory)
-        stages.note("tokenizer", {"result": loaded.sha256})
-        _encode(stages, "valid", _readable(stages, "valid", path, progress=False), progress=False)
-    return directory
+    path = check_text("valid_text", text)
+    whole = Path(data_dir) / f"{stem(path)}-whole"  # prepared for training it may have lost its end
+    with advice():
+        return _encode_for(load_tokenizer(tokenizer), {"valid": path}, {}, whole, progress=False)
+
+
+def _given_tokenizer(
+    tokenizer: str | os.PathLike[str], vocab_size: int | None, special_tokens: Sequence[str]
+) -> Tokenizer:
+    loaded = load_tokenizer(tokenizer)
+    if vocab_size not in (None, loaded.vocab_size):
+        raise ValueError(f"vocab_size={vocab_size}, but the tokenizer {tokenizer} has {loaded.vocab_size}: leave it out")
+    if special_tokens:
+        specials = list(special_tokens)
+        raise ValueError(f"special_tokens={specials}, but the tokenizer {tokenizer} has its own: leave one of them out")
+    return loaded
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer in a folder, or in a run's.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    folder = Path(path) / "tokenizer" if (Path(path) / "tokenizer").is_dir() else Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"tokenizer={path}: no such folder; `python -m tokenizer train` makes one")
+    return Tokenizer.from_directory(folder)
 
 
 def default_vocab_size(corpus: str | None, train_text: str | os.PathLike[str] | None = None) -> int:
@@ -367,27 +414,46 @@ def _refuse_overwriting(texts: list[Path], path: Path) -> None:
             raise ValueError(f"{text} would be overwritten: move it out of {path.parent}")
 
 
-def _train_tokenizer(stages: Stages, text: Path, vocab_size: int, progress: bool) -> None:
+def _train_tokenizer(stages: Stages, text: Path, vocab_size: int, specials: list[str], progress: bool) -> None:
     folder = stages.directory / "tokenizer"
 
     def work() -> str:
         for stale in ("meta.json", *(f"{split}.npy" for split in SPLITS)):
             (stages.directory / stale).unlink(missing_ok=True)
-        vocab, merges = train_bpe(text, vocab_size, SPECIAL_TOKENS, progress=progress)
-        tokenizer = Tokenizer(vocab, merges, SPECIAL_TOKENS)
+        vocab, merges = train_bpe(text, vocab_size, specials, progress=progress)
+        tokenizer = Tokenizer(vocab, merges, specials)
         tokenizer.save(folder)
         return tokenizer.sha256
 
-    inputs = {"text_sha256": stages.sha256(text), "vocab_size": vocab_size, "special_tokens": SPECIAL_TOKENS}
-    outputs = [f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer.json", "meta.json")]
-    size = stages.notes.get("tokenizer", {"inputs": inputs})["inputs"]["vocab_size"]
+    inputs = {"text_sha256": stages.sha256(text), "vocab_size": vocab_size, "special_tokens": specials}
+    size = stages.notes.get("tokenizer", {}).get("inputs", {}).get("vocab_size", vocab_size)
     if size != vocab_size:
         line = f"{stages.directory} has {size:,} tokens, {vocab_size:,} wanted: making it anew"
         print(f"prepare: {line}", file=sys.stderr)
-    stages.run("tokenizer", f"training a tokenizer of {vocab_size:,} tokens on {text}", inputs, outputs, work)
+    stages.run("tokenizer", f"training a tokenizer of {vocab_size:,} tokens on {text}", inputs, TOKENIZER_FILES, work)
 
 
-def _encode(stages: Stages, split: str, text: Path, progress: bool) -> None:
+def _encode_for(
+    tokenizer: Tokenizer, texts: dict[str, Path], entropies: dict[str, float | None], beside: Path, progress: bool
+) -> Path:
+    """Encode texts with a tokenizer that there is, into a folder beside that of the texts; that folder."""
+
+    def take() -> str:
+        if END_OF_TEXT not in tokenizer.special_tokens:
+            print(f"prepare: it has no {END_OF_TEXT}: documents will not be told apart", file=sys.stderr)
+        tokenizer.save(directory / "tokenizer")
+        return tokenizer.sha256
+
+    directory = beside.with_name(f"{beside.name}-for-{tokenizer.sha256[:8]}")
+    with _alone(directory):
+        stages = Stages(directory)
+        stages.run("tokenizer", f"taking a tokenizer of {tokenizer.vocab_size:,} tokens", {}, TOKENIZER_FILES, take)
+        for split, text in texts.items():
+            _encode(stages, split, _readable(stages, split, text, progress), entropies.get(split), progress)
+    return directory
+
+
+def _encode(stages: Stages, split: str, text: Path, entropy: float | None, progress: bool) -> None:
     def work() -> None:
         tokenizer = Tokenizer.from_directory(stages.directory / "tokenizer")
         target = stages.directory / f"{split}.npy"
@@ -398,12 +464,16 @@ def _encode(stages: Stages, split: str, text: Path, progress: bool) -> None:
             write_json(meta_path, meta)
 
     meta_path = stages.directory / "meta.json"
-    written = (stages.notes.get(f"{split} text") or {}).get("result") or {}
-    entropy = written.get("entropy_bits_per_byte")
     inputs = {"text_sha256": stages.sha256(text), "tokenizer_sha256": stages.notes["tokenizer"]["result"]}
     if split not in _described_splits(meta_path):
         stages.forget(split)
     stages.run(split, f"encoding {text}", inputs, [f"{split}.npy"], work)
+
+
+def _entropy(stages: Stages, split: str) -> float | None:
+    """That of a text in bits per byte, where it is known: of the built-in one."""
+    written = (stages.notes.get(f"{split} text") or {}).get("result") or {}
+    return written.get("entropy_bits_per_byte")
 
 
 def _described_splits(meta_path: Path) -> dict[str, Any]:

@@ -485,14 +485,13 @@ def test_a_corpus_is_prepared_on_one_process_and_found_by_all(dataset: Path, mon
         calls.append((args, kwargs))
         return dataset
 
-    monkeypatch.setitem(
-        sys.modules, "lm.prepare", SimpleNamespace(prepare=prepare, default_vocab_size=lambda *args: 300)
-    )
+    names = {"prepare": prepare, "default_vocab_size": lambda *args: 300, "load_tokenizer": None}
+    monkeypatch.setitem(sys.modules, "lm.prepare", SimpleNamespace(**names))
     data = TokenDataModule(train_text="my.txt", data_dir="somewhere")
     assert data.vocab_size == 300
     assert not calls
     data.prepare_data()
-    assert calls == [((None, "my.txt", None), {"data_dir": "somewhere", "vocab_size": 300})]
+    assert calls == [((None, "my.txt", None), {"data_dir": "somewhere", "vocab_size": 300, "tokenizer": None})]
     data.setup("validate")
     assert data.directory == dataset
     small = TokenDataModule(vocab_size=299)

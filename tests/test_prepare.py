@@ -86,6 +86,49 @@ def test_prepared_again_nothing_is_done_and_nothing_said(data, capsys):
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock"} == before
 
 
+def test_a_text_is_encoded_with_a_tokenizer_that_there_is_beside_its_own_dataset(data, tmp_path, capsys):
+    text = own_text(tmp_path)
+    own = prepare(None, text, data_dir=data, vocab_size=300)
+    before = contents(own)
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"he", 257: END.encode()}, [(b"h", b"e")], [END])
+    tokenizer.save(tmp_path / "run" / "tokenizer")
+    for place in (tmp_path / "run", tmp_path / "run" / "tokenizer"):  # a run's folder is as good
+        directory = prepare(None, text, data_dir=data, tokenizer=place)
+    assert directory == data / f"tales-for-{tokenizer.sha256[:8]}"
+    assert contents(own) == before
+    assert json.loads((directory / "meta.json").read_bytes())["tokenizer_sha256"] == tokenizer.sha256
+    for split in ("train", "valid"):
+        text_of_split = (own / f"{split}.txt").read_text()
+        assert np.load(directory / f"{split}.npy").tolist() == tokenizer.encode(text_of_split)
+    assert [line.split()[0] for line in lines(capsys)[-2:]] == ["encoding", "encoding"]
+    before = contents(directory)
+    prepare(None, text, data_dir=data, tokenizer=tmp_path / "run")
+    assert lines(capsys) == []
+    text.write_text(TEXT.replace("fox", "cat"))
+    prepare(None, text, data_dir=data, tokenizer=tmp_path / "run")
+    assert "cat" in decoded(directory, "train")
+
+
+def test_the_built_in_texts_entropy_does_not_depend_on_the_tokenizer(data, tmp_path, capsys):
+    Tokenizer({i: bytes([i]) for i in range(256)}, [], []).save(tmp_path / "bytes")
+    directory = prepare("builtin", data_dir=data, tokenizer=tmp_path / "bytes")
+    assert "the tokenizer has no <|endoftext|>: documents will not be told apart" in lines(capsys)
+    own = prepare("builtin", data_dir=data, vocab_size=300)
+    metas = [json.loads((folder / "meta.json").read_bytes()) for folder in (directory, own)]
+    here, there = (meta["splits"]["valid"] for meta in metas)
+    assert here["entropy_bits_per_byte"] == there["entropy_bits_per_byte"]
+    assert (here["num_documents"], here["num_tokens"]) == (1, here["num_bytes"])
+
+
+def test_a_tokenizer_of_another_size_or_none_is_refused(data, tmp_path):
+    Tokenizer({i: bytes([i]) for i in range(256)}, [], []).save(tmp_path / "bytes")
+    with pytest.raises(ValueError, match=r"vocab_size=300, but the tokenizer .*bytes has 256: leave it out"):
+        prepare("builtin", data_dir=data, vocab_size=300, tokenizer=tmp_path / "bytes")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer=.*nowhere: no such folder"):
+        prepare("builtin", data_dir=data, tokenizer=tmp_path / "nowhere")
+    assert not data.exists()
+
+
 def test_what_changed_is_redone_with_what_depends_on_it(data, capsys, monkeypatch):
     directory = prepare("builtin", data_dir=data, vocab_size=300)
     capsys.readouterr()
