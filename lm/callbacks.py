@@ -462,7 +462,7 @@ def hyperparameters(trainer: Trainer, module: LanguageModel) -> dict[str, Any]:
     settings["world_size"] = trainer.world_size
     settings["max_steps"] = trainer.max_steps
     settings["precision"] = str(trainer.precision)
-    return settings
+    return settings | ({"init_from": module.init_from} if module.init_from else {})
 
 
 def header(trainer: Trainer, module: LanguageModel, control: RunControl) -> str:
@@ -493,6 +493,8 @@ def header(trainer: Trainer, module: LanguageModel, control: RunControl) -> str:
         "train": f"{length}; {tokens_per_step:,} tokens per step; {trainer.world_size} x {device}, {trainer.precision}",
         "cost": cost,
     }
+    if module.init_from and not trainer.ckpt_path:
+        lines["model"] += f"; its weights are those of {module.init_from}"
     return "\n".join(f"{name:<6}{line}" for name, line in lines.items())
 
 

@@ -451,6 +451,20 @@ def find_run(logs: PathLike = "logs") -> Path:
     return max(records, key=lambda path: path.stat().st_mtime_ns).parent.parent
 
 
+def checkpoint_file(path: PathLike) -> Path:
+    """A checkpoint file; of a run directory its best one.
+
+    Raises:
+        FileNotFoundError: no good checkpoint in the directory.
+    """
+    return best_checkpoint(path) if Path(path).is_dir() else Path(path)
+
+
+def run_of(checkpoint: PathLike) -> Path:
+    """The folder of the run that a checkpoint file belongs to."""
+    return Path(checkpoint).resolve().parent.parent
+
+
 def newest_config(run: Path) -> Path:
     """The configuration of a run as it was last gone on with; its first one, if it is there, otherwise."""
     return max(run.glob("config-resumed-*.yaml"), default=run / "config.yaml")  # they are named by the time
@@ -615,7 +629,7 @@ def load_model(path: PathLike, device: str | torch.device = "cpu") -> tuple[Tran
         FileNotFoundError: no such file, or no good checkpoint in the directory.
         CheckpointError: damaged, or not a checkpoint of this project.
     """
-    path = best_checkpoint(path) if Path(path).is_dir() else Path(path)
+    path = checkpoint_file(path)
     contents = read_checkpoint(path)
     state = contents.get("averaged") or contents.get("state_dict", contents.get("model"))
     if not isinstance(contents.get("transformer"), dict) or not isinstance(state, dict):
@@ -633,6 +647,25 @@ def load_model(path: PathLike, device: str | torch.device = "cpu") -> tuple[Tran
         "data": contents.get("TokenDataModule", {}),
     }
     return model.eval(), info
+
+
+def peek(path: PathLike) -> tuple[TransformerConfig, dict[str, Any]]:
+    """The model's configuration and its data's fingerprint in a checkpoint, of which no weight is read.
+
+    Args:
+        path: a checkpoint file, or a run directory for its best one.
+
+    Raises:
+        FileNotFoundError: no such file, or no good checkpoint in the directory.
+        CheckpointError: damaged, or not a checkpoint of this project.
+    """
+    path = checkpoint_file(path)
+    try:
+        contents = torch.load(path, "cpu", weights_only=True, mmap=True)
+        return TransformerConfig.from_saved(contents["transformer"]), contents.get("TokenDataModule", {})
+    except Exception as error:  # whatever the bytes of a foreign file provoke
+        check_checkpoint(path)
+        raise CheckpointError(f"{path} has no model of this project: {error}") from None
 
 
 def rng_state() -> dict[str, Any]:

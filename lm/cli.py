@@ -36,10 +36,12 @@ from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, duration, fig
 from lm.checkpoint import (
     AtomicCheckpointIO,
     best_checkpoint,
+    checkpoint_file,
     find_run,
     lock_run,
     newest_checkpoint,
     newest_config,
+    run_of,
 )
 from lm.control import RunConfig, RunControl, Signals, Stopped, requeue_job
 from lm.data import TokenDataModule
@@ -48,7 +50,7 @@ from lm.module import LanguageModel
 from lm.options import discard, fail, is_first_rank, say
 from lm.parser import DESCRIPTIONS, Parser, check_sections
 from lm.prepare import prepare_validation
-from lm.problems import checkpoint_problems, find_problems
+from lm.problems import beginning_problems, checkpoint_problems, find_problems
 from lm.ranks import end_ranks, end_with, find_culprit, make_strategy, watched_ranks
 from lm.report import by_version
 from lm.texts import dataset_name
@@ -135,6 +137,36 @@ def choose_data(data: Namespace, typed: set[str], subcommand: str) -> list[str]:
         data.directory = None
         for name in {"train_text", "valid_text"} - typed:
             data[name] = None
+    return []
+
+
+def named_data(argv: list[str]) -> set[str]:
+    """Which of the texts, or else the dataset's directory, the `--config` files on a command line name."""
+    files = [value for name in ("--config", "-c") for value in options(argv, name)]
+    data = {name for file in files for name in read_settings(Path(file)).get("data", {})}
+    return {"directory"} if "directory" in data else data & set(TEXTS)
+
+
+def begin_anew(config: Namespace, argv: list[str], typed: set[str]) -> list[str]:
+    """Of a run whose weights a new one begins with, take the tokenizer, leave the name behind; what is wrong.
+
+    Args:
+        config: changed in place; its other settings are that run's, where nothing else has been said.
+        argv: the command line.
+        typed: what of the data it names.
+    """
+    data, checkpoint = config.data, checkpoint_file(config.model.init_from)
+    if problems := checkpoint_problems(checkpoint, "model.init_from"):
+        return problems
+    config.model.init_from = str(checkpoint)
+    if option(argv, "--run.name") is None:
+        config.run.name = None
+    if data.directory is None and data.train_text is None and not typed:
+        return ["model.init_from: say what to train on, for example --data.train_text my.txt"]
+    if data.directory is None and option(argv, "--data.tokenizer") is None:
+        data.tokenizer = str(run_of(checkpoint) / "tokenizer")
+        if option(argv, "--data.vocab_size") is None:
+            data.vocab_size = None
     return []
 
 
@@ -226,13 +258,18 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work, all of it at once, before any data is touched."""
-        config = self.config[self.subcommand]
-        typed = {name: option(sys.argv[1:], f"--data.{name}") for name in ("directory", *TEXTS)}
-        problems = choose_data(config.data, {name for name in typed if typed[name] is not None}, str(self.subcommand))
+        config, argv = self.config[self.subcommand], sys.argv[1:]
+        typed = {name for name in ("directory", *TEXTS) if option(argv, f"--data.{name}") is not None}
+        begins = self.subcommand == "fit" and option(argv, "--model.init_from") is not None
+        if begins:
+            typed |= named_data(argv)
+        problems = choose_data(config.data, typed, str(self.subcommand))
+        if begins:
+            problems += begin_anew(config, argv, typed)
         if problems := problems + find_problems(config, str(self.subcommand)):
             fail(problems)
         if self.subcommand == "validate" and config.data.valid_text and config.data.train_text is None:
-            tokenizer = Path(config.ckpt_path).resolve().parent.parent / "tokenizer"
+            tokenizer = run_of(config.ckpt_path) / "tokenizer"
             config.data.directory = str(prepare_validation(config.data.valid_text, tokenizer, config.data.data_dir))
             config.data.valid_text = None
         super()._set_seed()
@@ -242,6 +279,9 @@ class CLI(LightningCLI):
         self.lock: IO[str] | None = None
         if self.subcommand == "fit" and config.resume != "never" and config.ckpt_path is None:
             self._resume(config)
+        begins = self.subcommand == "fit" and config.model.init_from and config.ckpt_path is None
+        if begins and (problems := beginning_problems(config)):
+            fail(problems)
 
     def _resume(self, config: Namespace) -> None:
         """Find the newest good checkpoint of the newest run of this name that has one."""
@@ -277,7 +317,7 @@ class CLI(LightningCLI):
             progress = Progress(self.control, self.metrics)
             shown = [progress] if trainer.enable_progress_bar is not False else []
             extra = [self.metrics, self.samples, *shown, self.record, self.control]
-            kwargs["callbacks"] = [*(trainer.callbacks or []), *extra]
+            kwargs["callbacks"] = [*as_list(trainer.callbacks), *extra]
         else:
             kwargs |= {"logger": False, "enable_progress_bar": False}
         if fitting and trainer.logger in (None, True):
@@ -287,7 +327,7 @@ class CLI(LightningCLI):
             kwargs["profiler"] = PROFILERS[trainer.profiler](filename="profile")
         if isinstance(trainer.strategy, str):
             kwargs["strategy"] = make_strategy(trainer, timedelta(minutes=run.timeout_minutes))
-        kwargs["plugins"] = [*(trainer.plugins or []), AtomicCheckpointIO()]
+        kwargs["plugins"] = [*as_list(trainer.plugins), AtomicCheckpointIO()]
         built = super().instantiate_trainer(**kwargs)
         self.signals.launcher = built.strategy.launcher
         return built
@@ -378,6 +418,11 @@ def what_is_refused(commands: list[list[str]]) -> list[list[str]]:
     return found
 
 
+def as_list(given: Any) -> list[Any]:
+    """What the Trainer takes as one thing, several or None."""
+    return given if isinstance(given, list) else [] if given is None else [given]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host could not allocate."""
     words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # of errors that have no class of their own
@@ -405,7 +450,7 @@ def indent(text: str) -> str:
 
 
 def default_configs(argv: list[str]) -> dict[str, list[str]]:
-    """The configuration below everything typed: the built-in corpus' for a fit, the run's own for what came from one.
+    """The configuration below everything typed: the built-in corpus' for a fit, the run's own for what comes from one.
 
     Adds `--ckpt_path` to a `validate` without one, or with a run's folder: the best checkpoint of the newest run, or of
     that one.
@@ -419,7 +464,10 @@ def default_configs(argv: list[str]) -> dict[str, list[str]]:
     if subcommand == "validate" and (run or checkpoint is None) and not {"-h", "--help"} & set(argv):
         checkpoint = str(best_checkpoint(run or find_run(logs)))
         argv += ["--ckpt_path", checkpoint]  # the last one counts
-    own = newest_config(Path(checkpoint).resolve().parent.parent) if checkpoint else default_config()
+    elif subcommand == "fit" and checkpoint is None and (beginning := option(argv, "--model.init_from")):
+        inherited = newest_config(run_of(checkpoint_file(beginning)))
+        return {subcommand: [str(inherited if inherited.is_file() else default_config())]}
+    own = newest_config(run_of(checkpoint)) if checkpoint else default_config()
     configured = own.is_file() or option(argv, "--config") or option(argv, "-c")
     if subcommand == "validate" and checkpoint and Path(checkpoint).is_file() and not configured:
         if problems := checkpoint_problems(Path(checkpoint)):
@@ -429,13 +477,18 @@ def default_configs(argv: list[str]) -> dict[str, list[str]]:
 
 
 def option(argv: list[str], name: str) -> str | None:
-    """The value of an option on the command line, `--name value` or `--name=value`."""
-    for position, word in enumerate(argv):
-        if word == name and position + 1 < len(argv):
-            return argv[position + 1]
-        if word.startswith(f"{name}="):
-            return word.split("=", 1)[1]
-    return None
+    """The value of an option on the command line; given several times, the last one counts."""
+    return next(reversed(options(argv, name)), None)
+
+
+def options(argv: list[str], name: str) -> list[str]:
+    """All values of an option on the command line, `--name value` or `--name=value`, in their order."""
+    words = itertools.pairwise([*argv, ""])
+    return [
+        following if word == name else word.partition("=")[2]
+        for word, following in words
+        if word == name or word.startswith(f"{name}=")
+    ]
 
 
 def silence_libraries() -> None:

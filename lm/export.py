@@ -451,9 +451,6 @@ def run_import(format: Literal["hf"], directory: Path, output: Path = Path("logs
         f"{directory} is now {path}\n"
         "next:\n"
         f"  python -m lm generate --ckpt {output}\n"
-        "to train on, with data of its own tokenizer:\n"
-        f"  mkdir -p data/on && cp -r {output / 'tokenizer'} data/on\n"
-        "  python -m tokenizer encode my.txt --tokenizer data/on/tokenizer --output data/on/train.npy\n"
-        "  python -m tokenizer encode my_valid.txt --tokenizer data/on/tokenizer --output data/on/valid.npy\n"
-        f"  python -m lm fit --data.directory data/on --ckpt_path {path}"
+        "to train on, with a text of yours:\n"
+        f"  python -m lm fit --model.init_from {output} --data.train_text my.txt"
     )

@@ -3,10 +3,11 @@
 The loops, devices and precisions are Lightning's; every formula is this project's own (`functional`, `optim`).
 """
 
+import contextlib
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
-from lm.checkpoint import load_model
+from lm.checkpoint import CheckpointError, load_model, peek
 from lm.functional import cross_entropy
 from lm.model import NO_MORE, SAME_WEIGHTS, TransformerConfig, TransformerLM
 from lm.optim import AdamW, Muon, clip_gradients, cosine_schedule, trapezoid_schedule
@@ -236,6 +237,7 @@ class LanguageModel(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         schedule: ScheduleConfig = ScheduleConfig(),
         compile: bool | CompileMode | None = None,
+        init_from: str | None = None,
     ) -> None:
         """Set the recipe; the weights come with `configure_model`.
 
@@ -246,12 +248,15 @@ class LanguageModel(LightningModule):
             compile: torch.compile the forward pass and the loss, and on CUDA the update; default, on CUDA alone.
                 Checkpoints are the same either way. A mode of torch.compile's may be named: reduce-overhead replays
                 CUDA graphs, max-autotune tries out many kernels for minutes.
+            init_from: begin with the weights of this checkpoint, a file or a run's folder, and otherwise anew: updates
+                and the schedule count from 0, the data may be others, encoded with the same tokenizer.
         """
         super().__init__()
         self.transformer = transformer
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.compile_loss = compile
+        self.init_from = init_from
         self.loss: Callable[..., Tensor] = self.compute_loss
         self.clock_progress: float | None = None
         self.validation_result: dict[str, float] = {}
@@ -265,10 +270,17 @@ class LanguageModel(LightningModule):
     # ---------------------------------------------------------------------------------------------------- network
 
     def setup(self, stage: str) -> None:
-        """Take the vocabulary that the data really has: a short text may not fill the one asked for."""
+        """Take the vocabulary that the data really has: a short text may not fill the one asked for.
+
+        That of a model from elsewhere may be padded: then it stays as large as it is.
+        """
         meta = self._data_meta()
         if meta:
-            self.transformer = replace(self.transformer, vocab_size=meta["vocab_size"])
+            vocab_size = meta["vocab_size"]
+            if source := self.trainer.ckpt_path or self.init_from:
+                with contextlib.suppress(CheckpointError):  # which is said when it is loaded
+                    vocab_size = max(vocab_size, peek(source)[0].vocab_size)
+            self.transformer = replace(self.transformer, vocab_size=vocab_size)
 
     def _data_meta(self) -> dict[str, Any]:
         """meta.json of the run's dataset; empty where the Trainer got loaders instead."""
@@ -281,6 +293,8 @@ class LanguageModel(LightningModule):
         if not hasattr(self, "model"):  # that of a checkpoint
             reset_seed()  # whatever preparing the data has drawn from the generators
             self.model = TransformerLM(self.transformer)
+            if self.init_from and self.trainer.training and not self.trainer.ckpt_path:
+                self._begin_with(self.init_from)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"])
         compile_loss = self.compile_loss
@@ -290,6 +304,13 @@ class LanguageModel(LightningModule):
             self.loss = compiled(self.compute_loss, compile_loss)
         self.compile_update = bool(compile_loss)
         self._reset_step()
+
+    def _begin_with(self, path: str) -> None:
+        source, _ = load_model(path, self.model.token_embeddings.weight.device)
+        changed = differences(asdict(source.config), asdict(self.transformer), {*SAME_WEIGHTS, "context_length"})
+        if changed:
+            raise ValueError(f"init_from={path} is of another model: {'; '.join(changed)}")
+        self.model.load_state_dict(source.state_dict())
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Logits of the token after each position."""
@@ -436,15 +457,23 @@ class LanguageModel(LightningModule):
         saved, current = asdict(TransformerConfig.from_saved(checkpoint["transformer"])), asdict(self.transformer)
         if self.trainer.training:
             saved["matrices"], current["matrices"] = checkpoint.get("matrices", "adamw"), self.optimizer_config.matrices
-        changed = [
-            f"{name}: checkpoint {saved[name]}, now {current[name]}"
-            for name in current
-            if name not in SAME_WEIGHTS and saved[name] != current[name]
-        ]
-        if changed:
+        if changed := differences(saved, current, SAME_WEIGHTS):
             raise ValueError("the checkpoint is of another model: " + "; ".join(changed))
         if "averaged" in checkpoint:
             raise ValueError(f"the checkpoint is of a run that averaged its weights, {NO_MORE}")
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any], ignored: Collection[str]) -> list[str]:
+    """In what a checkpoint's settings are others than the current ones, in words.
+
+    >>> differences({"norm": "pre", "head": "tied"}, {"norm": "post", "head": "untied"}, ["head"])
+    ['norm: checkpoint pre, now post']
+    """
+    return [
+        f"{name}: checkpoint {saved[name]}, now {current[name]}"
+        for name in current
+        if name not in ignored and saved[name] != current[name]
+    ]
 
 
 def compiled(function: Callable[..., Tensor], mode: bool | CompileMode) -> Callable[..., Tensor]:

@@ -40,6 +40,7 @@ Train a model. With nothing else, a small one on the built-in corpus, for a few 
   python -m lm fit
   python -m lm fit --data.train_text my.txt --run.max_minutes 10
   python -m lm fit --data.train_text notes/
+  python -m lm fit --data.train_text my.txt --model.init_from logs/builtin
   python -m lm fit --config configs/owt.yaml --resume auto""",
     "validate": """\
 The loss over the whole validation set, or another text: of the newest run's best checkpoint, or of another one.
@@ -79,7 +80,7 @@ class TrainingHelp(RawDescriptionHelpFormatter, PlainHelp):
         if section == "trainer":
             return f"{TRAINER_OPTIONS[name]} (default: %(default)s)"
         if action.dest == "ckpt_path":
-            return "where to start from, or for validate what to measure, which may be a run's folder (type: Path)"
+            return "the checkpoint to go on from, or for validate what to measure, also a run's folder (type: Path)"
         return super()._get_help_string(action)
 
 

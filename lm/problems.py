@@ -1,17 +1,19 @@
 """What is wrong with the settings of a run, as far as it can be known before any data is touched: one line each."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 
-from lm.checkpoint import CheckpointError, check_folder, glance_at
+from lm.checkpoint import CheckpointError, check_folder, glance_at, peek
 from lm.control import RunConfig
-from lm.model import TransformerConfig
-from lm.module import OptimizerConfig, ScheduleConfig, uses_cuda_graphs
+from lm.model import SAME_WEIGHTS, TransformerConfig
+from lm.module import OptimizerConfig, ScheduleConfig, differences, uses_cuda_graphs
 from lm.options import is_first_rank
+from lm.prepare import load_tokenizer
 from lm.ranks import num_devices
 from lm.texts import list_files
 
@@ -57,6 +59,8 @@ def data_problems(data: Namespace) -> list[str]:
         for name in ("context_length", "val_context_length", "batch_size", "val_batch_size")
         if data[name] is not None and data[name] < 1
     ]
+    if data.directory is None and data.tokenizer is not None and not Path(data.tokenizer).is_dir():
+        problems.append(f"data.tokenizer: there is no folder {data.tokenizer}")
     for name in ("train_text", "valid_text"):
         if data.directory is None and data[name] is not None and not Path(data[name]).is_file():
             problems += text_problems(name, Path(data[name]))
@@ -79,15 +83,34 @@ def text_problems(name: str, text: Path) -> list[str]:
     return []
 
 
-def checkpoint_problems(path: Path) -> list[str]:
+def checkpoint_problems(path: Path, name: str = "ckpt_path") -> list[str]:
     """Whether a checkpoint can be seen at a glance to be none; all of it is checked when it is loaded."""
     if not path.is_file():
-        return [f"ckpt_path: there is no file {path}"]
+        return [f"{name}: there is no file {path}"]
     try:
         glance_at(path)
     except CheckpointError as error:
-        return [f"ckpt_path: {error}"]
+        return [f"{name}: {error}"]
     return []
+
+
+def beginning_problems(config: Namespace) -> list[str]:
+    """What is wrong with the checkpoint that a run's weights begin with, of which no weight is read here."""
+    path, data = config.model.init_from, config.data
+    if config.run.bundle == "leaderboard":
+        return [f"model.init_from={path} with run.bundle=leaderboard: what is handed in there begins from nothing"]
+    try:
+        saved, fingerprint = peek(path)
+        current = config.model.transformer.as_dict()
+        changed = differences(asdict(saved), current, {*SAME_WEIGHTS, "vocab_size", "context_length"})
+        if changed:
+            return [f"model.init_from={path} is of another model: {'; '.join(changed)}"]
+        tokenizer = Path(data.directory) / "tokenizer" if data.directory else data.tokenizer
+        if tokenizer is None or fingerprint.get("tokenizer_sha256") == load_tokenizer(tokenizer).sha256:
+            return []
+    except (OSError, ValueError) as error:
+        return [f"model.init_from: {error}"]
+    return [f"model.init_from={path} was trained with another tokenizer than {tokenizer}: its ids mean other tokens"]
 
 
 def run_problems(trainer: Namespace, schedule: Namespace, run: Namespace) -> list[str]:

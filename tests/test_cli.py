@@ -606,6 +606,10 @@ def test_devices_are_counted_as_lightning_counts_them(monkeypatch: pytest.Monkey
     assert [num_devices(devices) for devices in (2, "2", "auto", -1, [0, 1, 2], "0,2", "0,")] == [2, 2, 4, 4, 3, 2, 1]
 
 
+def test_one_callback_needs_no_list(fit: Run) -> None:
+    assert fit("--trainer.callbacks=lightning.pytorch.callbacks.Timer", "--trainer.max_steps=3") == 0
+
+
 @pytest.mark.parametrize(
     ("data", "name"),
     [

@@ -1,0 +1,177 @@
+"""A run that begins with the weights of another: what it takes over, what it leaves behind, what is refused."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+from toy import SETTINGS, make_dataset, rows
+
+from lm import __main__
+from lm.checkpoint import AtomicCheckpointIO, best_checkpoint, load_model, newest_checkpoint, read_checkpoint
+from lm.data import read_meta
+from tokenizer import Tokenizer
+
+Run = Callable[..., int]
+BASE = Path("logs/toy/version_0")
+TEXT = "the dog ran to the cat and sat.\n" * 400
+STILL = ("--model.optimizer.lr=1e-30", "--model.optimizer.weight_decay=0")  # updates that move nothing
+SHORT = ("--trainer.max_steps=3", "--model.schedule.warmup_steps=1")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "toy")
+
+
+@pytest.fixture
+def lm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Path) -> Run:
+    """`python -m lm ...` in this process, in a folder with a trained run and a text; returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lm"])
+    Path("my.txt").write_text(TEXT)
+
+    def lm(*arguments: str) -> int:
+        try:
+            return __main__.main(list(arguments))
+        except SystemExit as stop:
+            return int(stop.code or 0)
+
+    assert lm("fit", f"--data.directory={dataset}", *SETTINGS, "--model.transformer.norm=post") == 0
+    return lm
+
+
+def begin(lm: Run, *arguments: str) -> int:
+    return lm("fit", f"--model.init_from={BASE}", "--data.train_text=my.txt", *SHORT, *arguments)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_model(newest_checkpoint(run))[0].state_dict()
+
+
+def test_a_run_begins_with_the_weights_of_another(lm: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    assert begin(lm, *STILL) == 0
+    base, begun = load_model(BASE)[0].state_dict(), weights(Path("logs/my/version_0"))
+    assert all(torch.equal(base[name], begun[name]) for name in base)
+    assert f"its weights are those of {best_checkpoint(BASE)}" in capfd.readouterr().out
+
+
+def test_it_counts_from_nothing_and_has_the_settings_of_the_other_but_its_name_and_data(lm: Run) -> None:
+    assert begin(lm) == 0
+    run = Path("logs/my/version_0")
+    assert [row["step"] for row in rows(run) if "lr" in row] == [1, 2, 3]
+    config, before = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (run, BASE))
+    assert config["model"]["transformer"] == before["model"]["transformer"]
+    assert config["model"]["transformer"]["norm"] == "post"
+    assert config["data"]["batch_size"] == before["data"]["batch_size"]
+    assert config["model"]["init_from"] == str(best_checkpoint(BASE))
+    assert config["data"]["directory"] != before["data"]["directory"]
+    assert json.loads((run / "summary.json").read_text())["settings"]["init_from"] == str(best_checkpoint(BASE))
+
+
+def test_its_text_is_encoded_with_the_tokenizer_of_the_other(lm: Run) -> None:
+    assert begin(lm) == 0
+    tokenizer = Tokenizer.from_directory(BASE / "tokenizer")
+    [directory] = Path("data").glob("my-for-*")
+    assert read_meta(directory)["tokenizer_sha256"] == tokenizer.sha256
+    assert Tokenizer.from_directory("logs/my/version_0/tokenizer").sha256 == tokenizer.sha256
+
+
+def test_what_it_begins_at_is_what_the_other_has_on_that_text(lm: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("valid.txt").write_text(TEXT[::-1])
+    assert begin(lm, "--data.valid_text=valid.txt", *STILL) == 0
+    capfd.readouterr()
+    assert lm("validate", f"--ckpt_path={BASE}", "--data.valid_text=valid.txt") == 0
+    [loss] = re.findall(r"loss (\S+) nats", capfd.readouterr().out)
+    assert f"{rows(Path('logs/my/version_0'))[-1]['val/loss']:.4f}" == loss
+
+
+def test_without_other_data_it_trains_on_those_of_the_other(lm: Run, dataset: Path) -> None:
+    assert lm("fit", f"--model.init_from={BASE}", *SHORT) == 0
+    config = yaml.safe_load(Path("logs/toy/version_1/config.yaml").read_text())
+    assert config["data"]["directory"] == str(dataset)
+
+
+def test_a_configuration_file_may_name_its_data_and_its_context(lm: Run) -> None:
+    Path("mine.yaml").write_text("data: {train_text: my.txt, context_length: 8}\nrun: {name: mine}")
+    assert lm("fit", f"--model.init_from={BASE}", "--config=mine.yaml", "--run.name=named", *SHORT, *STILL) == 0
+    begun = load_model(Path("logs/named/version_0"))[0]
+    assert begun.config.context_length == 8
+    assert torch.equal(begun.token_embeddings.weight, load_model(BASE)[0].token_embeddings.weight)
+
+
+class StopAfterFour(Callback):
+    """Ctrl-C in the middle of a run."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_it_goes_on_as_if_it_had_not_stopped(lm: Run) -> None:
+    longer = ("--trainer.max_steps=6", "--run.validate_every_n_steps=3")
+    assert begin(lm, "--run.name=whole", *longer) == 0
+    assert begin(lm, "--run.name=parts", *longer, "--trainer.callbacks=test_init_from.StopAfterFour") == 130
+    assert begin(lm, "--run.name=parts", *longer, "--resume=must") == 0
+    whole, parts = Path("logs/whole/version_0"), Path("logs/parts/version_0")
+    assert rows(parts) == rows(whole)
+    assert all(torch.equal(weight, weights(parts)[name]) for name, weight in weights(whole).items())
+
+
+def test_a_padded_vocabulary_stays_as_it_is(lm: Run) -> None:
+    """As a model from elsewhere may have it: more rows than its tokenizer has tokens."""
+    path = best_checkpoint(BASE)
+    contents = read_checkpoint(path)
+    contents["transformer"]["vocab_size"] += 7
+    embeddings = contents["state_dict"]["model.token_embeddings.weight"]
+    contents["state_dict"]["model.token_embeddings.weight"] = torch.cat([embeddings, torch.zeros(7, 16)])
+    AtomicCheckpointIO().save_checkpoint(contents, path)
+    assert begin(lm, f"--model.init_from={path}") == 0
+    assert weights(Path("logs/my/version_0"))["token_embeddings.weight"].shape == (264, 16)
+    assert lm("validate", "--ckpt_path=logs/my/version_0") == 0
+    assert begin(lm, f"--model.init_from={path}", "--run.name=my", "--resume=must", "--trainer.max_steps=5") == 0
+    assert rows(Path("logs/my/version_0"))[-1]["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.init_from=absent"], "model.init_from: there is no file absent"),
+        (["--model.init_from=my.txt"], "model.init_from: my.txt (12,800 bytes) is no whole checkpoint file"),
+        (
+            ["--model.transformer.d_model=24", "--model.transformer.norm=pre"],
+            "is of another model: d_model: checkpoint 16, now 24; norm: checkpoint post, now pre",
+        ),
+        (["--run.bundle=leaderboard"], "what is handed in there begins from nothing"),
+        (["--data.tokenizer=other"], "was trained with another tokenizer than other: its ids mean other tokens"),
+        (["--data.tokenizer=nowhere"], "data.tokenizer: there is no folder nowhere"),
+        (["--data.vocab_size=300"], "vocab_size=300, but the tokenizer"),
+    ],
+)
+def test_what_cannot_be_begun_with_is_one_line_and_leaves_nothing(
+    lm: Run, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Tokenizer({i: bytes([i]) for i in range(256)}, [], []).save("other")
+    capfd.readouterr()
+    assert begin(lm, *arguments) == 2
+    said = capfd.readouterr().err
+    assert message in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert not Path("logs/my").exists()
+
+
+def test_a_model_without_a_run_is_asked_what_to_train_on(lm: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    (BASE / "config.yaml").unlink()
+    capfd.readouterr()
+    assert lm("fit", f"--model.init_from={BASE}", "--model.transformer.norm=post", *SETTINGS) == 2
+    assert capfd.readouterr().err == (
+        "error: model.init_from: say what to train on, for example --data.train_text my.txt\n"
+    )
