@@ -131,3 +131,5 @@ def test_every_command_runs(tmp_path: Path) -> None:
             assert process.exitcode == 0, f"{command}\n{output.read_text()[-4000:]}"
         else:
             subprocess.run(words, cwd=tmp_path, check=True, stdin=subprocess.DEVNULL)
+    program = "\n".join(readme_lines("python"))
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, stdin=subprocess.DEVNULL)
