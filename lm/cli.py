@@ -165,8 +165,9 @@ def begin_anew(config: Namespace, argv: list[str], typed: set[str]) -> list[str]
         return ["model.init_from: say what to train on, for example --data.train_text my.txt"]
     if data.directory is None and option(argv, "--data.tokenizer") is None:
         data.tokenizer = str(run_of(checkpoint) / "tokenizer")
-        if option(argv, "--data.vocab_size") is None:
-            data.vocab_size = None
+        for name in ("vocab_size", "special_tokens"):
+            if option(argv, f"--data.{name}") is None:
+                data[name] = None
     return []
 
 

@@ -356,6 +356,7 @@ class TokenDataModule(pl.LightningDataModule):
         directory: a prepared dataset, used as it is.
         data_dir: where prepared datasets lie.
         vocab_size: size of the tokenizer to train; by default what suits the corpus, or the size of the text.
+        special_tokens: strings that become one token each, beside `<|endoftext|>`: ["<|user|>", "<|model|>"].
         tokenizer: encode with this one, its folder or a run's, instead of training one.
         context_length: tokens per training window.
         val_context_length: tokens per validation window; context_length by default.
@@ -376,6 +377,7 @@ class TokenDataModule(pl.LightningDataModule):
         directory: str | None = None,
         data_dir: str = "data",
         vocab_size: int | None = None,
+        special_tokens: list[str] | None = None,
         tokenizer: str | None = None,
         context_length: int = 256,
         val_context_length: int | None = None,
@@ -389,6 +391,7 @@ class TokenDataModule(pl.LightningDataModule):
     ):
         super().__init__()
         self.corpus, self.train_text, self.valid_text, self.tokenizer = corpus, train_text, valid_text, tokenizer
+        self.special_tokens = special_tokens or []
         self.directory = Path(directory) if directory is not None else None
         self.data_dir, self.context_length, self.batch_size = data_dir, context_length, batch_size
         self.val_context_length = context_length if val_context_length is None else val_context_length
@@ -450,6 +453,7 @@ class TokenDataModule(pl.LightningDataModule):
             self.valid_text,
             data_dir=self.data_dir,
             vocab_size=self.vocab_size,
+            special_tokens=self.special_tokens,
             tokenizer=self.tokenizer,
         )
 

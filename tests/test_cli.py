@@ -607,7 +607,7 @@ def test_devices_are_counted_as_lightning_counts_them(monkeypatch: pytest.Monkey
 
 
 def test_one_callback_needs_no_list(fit: Run) -> None:
-    assert fit("--trainer.callbacks=lightning.pytorch.callbacks.Timer", "--trainer.max_steps=3") == 0
+    assert fit("--trainer.callbacks=lightning.pytorch.callbacks.LearningRateMonitor", "--trainer.max_steps=3") == 0
 
 
 @pytest.mark.parametrize(

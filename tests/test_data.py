@@ -491,7 +491,9 @@ def test_a_corpus_is_prepared_on_one_process_and_found_by_all(dataset: Path, mon
     assert data.vocab_size == 300
     assert not calls
     data.prepare_data()
-    assert calls == [((None, "my.txt", None), {"data_dir": "somewhere", "vocab_size": 300, "tokenizer": None})]
+    assert calls == [
+        ((None, "my.txt", None), {"data_dir": "somewhere", "vocab_size": 300, "special_tokens": [], "tokenizer": None})
+    ]
     data.setup("validate")
     assert data.directory == dataset
     small = TokenDataModule(vocab_size=299)

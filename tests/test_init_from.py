@@ -84,6 +84,15 @@ def test_its_text_is_encoded_with_the_tokenizer_of_the_other(lm: Run) -> None:
     assert Tokenizer.from_directory("logs/my/version_0/tokenizer").sha256 == tokenizer.sha256
 
 
+def test_special_tokens_stay_with_the_tokenizer(lm: Run) -> None:
+    chat = ["--data.special_tokens", '["<|user|>"]', "--data.vocab_size=270", "--run.name=chat", *SHORT]
+    Path("my.txt").write_text("<|user|>sat?\n" * 900)
+    assert lm("fit", "--data.train_text=my.txt", *SETTINGS, *chat) == 0
+    assert lm("fit", "--model.init_from=logs/chat", "--data.train_text=my.txt", "--run.name=on", *SHORT) == 0
+    [chatting, on] = (Tokenizer.from_directory(f"logs/{name}/version_0/tokenizer") for name in ("chat", "on"))
+    assert on.special_tokens == chatting.special_tokens == ["<|endoftext|>", "<|user|>"]
+
+
 def test_what_it_begins_at_is_what_the_other_has_on_that_text(lm: Run, capfd: pytest.CaptureFixture[str]) -> None:
     Path("valid.txt").write_text(TEXT[::-1])
     assert begin(lm, "--data.valid_text=valid.txt", *STILL) == 0

@@ -120,10 +120,31 @@ def test_the_built_in_texts_entropy_does_not_depend_on_the_tokenizer(data, tmp_p
     assert (here["num_documents"], here["num_tokens"]) == (1, here["num_bytes"])
 
 
+def test_ones_own_special_tokens_are_one_token_each(data, tmp_path, capsys):
+    turns = "".join(f"<|user|>How many hens?<|model|>{i % 13} hens.{END}" for i in range(100))
+    text = own_text(tmp_path, turns)
+    directory = prepare(None, text, data_dir=data, vocab_size=280, special_tokens=["<|user|>", "<|model|>", END])
+    tokenizer = Tokenizer.from_directory(directory / "tokenizer")
+    assert tokenizer.special_tokens == [END, "<|user|>", "<|model|>"]
+    ids = np.load(directory / "train.npy").tolist()
+    assert [ids.count(tokenizer.special_ids[token]) for token in tokenizer.special_tokens] == [96, 96, 96]
+    assert decoded(directory, "train") + decoded(directory, "valid") == turns
+    assert json.loads((directory / "meta.json").read_bytes())["splits"]["train"]["num_documents"] == 96
+    capsys.readouterr()
+    prepare(None, text, data_dir=data, vocab_size=280, special_tokens=["<|user|>"])
+    assert [line.split()[0] for line in lines(capsys)] == ["training", "encoding", "encoding"]
+
+
 def test_a_tokenizer_of_another_size_or_none_is_refused(data, tmp_path):
     Tokenizer({i: bytes([i]) for i in range(256)}, [], []).save(tmp_path / "bytes")
     with pytest.raises(ValueError, match=r"vocab_size=300, but the tokenizer .*bytes has 256: leave it out"):
         prepare("builtin", data_dir=data, vocab_size=300, tokenizer=tmp_path / "bytes")
+    with pytest.raises(ValueError, match=r"special_tokens=\['<x>'\], but the tokenizer .*bytes has its own"):
+        prepare("builtin", data_dir=data, special_tokens=["<x>"], tokenizer=tmp_path / "bytes")
+    with pytest.raises(ValueError, match="special_tokens lists '<x>' twice"):
+        prepare("builtin", data_dir=data, special_tokens=["<x>", "<x>"])
+    with pytest.raises(ValueError, match="vocab_size=257 must be at least 258"):
+        prepare("builtin", data_dir=data, special_tokens=["<x>"], vocab_size=257)
     with pytest.raises(FileNotFoundError, match=r"tokenizer=.*nowhere: no such folder"):
         prepare("builtin", data_dir=data, tokenizer=tmp_path / "nowhere")
     assert not data.exists()
