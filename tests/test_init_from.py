@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -26,26 +27,34 @@ STILL = ("--model.optimizer.lr=1e-30", "--model.optimizer.weight_decay=0")  # up
 SHORT = ("--trainer.max_steps=3", "--model.schedule.warmup_steps=1")
 
 
+def run_lm(*arguments: str) -> int:
+    """`python -m lm ...` in this process; returns the exit code."""
+    try:
+        return __main__.main(list(arguments))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "toy")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset, a run on it and a text."""
+    folder = tmp_path_factory.mktemp("trained")
+    dataset = make_dataset(folder / "data/toy")
+    (folder / "my.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["lm"])
+        assert run_lm("fit", f"--data.directory={dataset}", *SETTINGS, "--model.transformer.norm=post") == 0
+    return folder
 
 
 @pytest.fixture
-def lm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Path) -> Run:
-    """`python -m lm ...` in this process, in a folder with a trained run and a text; returns the exit code."""
+def lm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Path) -> Run:
+    """`run_lm` in a copy of that folder."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["lm"])
-    Path("my.txt").write_text(TEXT)
-
-    def lm(*arguments: str) -> int:
-        try:
-            return __main__.main(list(arguments))
-        except SystemExit as stop:
-            return int(stop.code or 0)
-
-    assert lm("fit", f"--data.directory={dataset}", *SETTINGS, "--model.transformer.norm=post") == 0
-    return lm
+    return run_lm
 
 
 def begin(lm: Run, *arguments: str) -> int:
@@ -102,10 +111,10 @@ def test_what_it_begins_at_is_what_the_other_has_on_that_text(lm: Run, capfd: py
     assert f"{rows(Path('logs/my/version_0'))[-1]['val/loss']:.4f}" == loss
 
 
-def test_without_other_data_it_trains_on_those_of_the_other(lm: Run, dataset: Path) -> None:
+def test_without_other_data_it_trains_on_those_of_the_other(lm: Run, trained: Path) -> None:
     assert lm("fit", f"--model.init_from={BASE}", *SHORT) == 0
     config = yaml.safe_load(Path("logs/toy/version_1/config.yaml").read_text())
-    assert config["data"]["directory"] == str(dataset)
+    assert config["data"]["directory"] == str(trained / "data/toy")
 
 
 def test_a_configuration_file_may_name_its_data_and_its_context(lm: Run) -> None:
