@@ -100,10 +100,13 @@ def test_a_text_is_encoded_with_a_tokenizer_that_there_is_beside_its_own_dataset
     for split in ("train", "valid"):
         text_of_split = (own / f"{split}.txt").read_text()
         assert np.load(directory / f"{split}.npy").tolist() == tokenizer.encode(text_of_split)
-    assert [line.split()[0] for line in lines(capsys)[-2:]] == ["encoding", "encoding"]
+    assert [line.split()[0] for line in lines(capsys)[-3:]] == ["taking", "encoding", "encoding"]
     before = contents(directory)
     prepare(None, text, data_dir=data, tokenizer=tmp_path / "run")
     assert lines(capsys) == []
+    (directory / "tokenizer" / "vocab.json").unlink()
+    prepare(None, text, data_dir=data, tokenizer=tmp_path / "run")
+    assert contents(directory) == before
     text.write_text(TEXT.replace("fox", "cat"))
     prepare(None, text, data_dir=data, tokenizer=tmp_path / "run")
     assert "cat" in decoded(directory, "train")
@@ -112,7 +115,7 @@ def test_a_text_is_encoded_with_a_tokenizer_that_there_is_beside_its_own_dataset
 def test_the_built_in_texts_entropy_does_not_depend_on_the_tokenizer(data, tmp_path, capsys):
     Tokenizer({i: bytes([i]) for i in range(256)}, [], []).save(tmp_path / "bytes")
     directory = prepare("builtin", data_dir=data, tokenizer=tmp_path / "bytes")
-    assert "the tokenizer has no <|endoftext|>: documents will not be told apart" in lines(capsys)
+    assert "it has no <|endoftext|>: documents will not be told apart" in lines(capsys)
     own = prepare("builtin", data_dir=data, vocab_size=300)
     metas = [json.loads((folder / "meta.json").read_bytes()) for folder in (directory, own)]
     here, there = (meta["splits"]["valid"] for meta in metas)
