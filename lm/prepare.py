@@ -228,7 +228,9 @@ def _given_tokenizer(
 ) -> Tokenizer:
     loaded = load_tokenizer(tokenizer)
     if vocab_size not in (None, loaded.vocab_size):
-        raise ValueError(f"vocab_size={vocab_size}, but the tokenizer {tokenizer} has {loaded.vocab_size}: leave it out")
+        raise ValueError(
+            f"vocab_size={vocab_size}, but the tokenizer {tokenizer} has {loaded.vocab_size}: leave it out"
+        )
     if special_tokens:
         specials = list(special_tokens)
         raise ValueError(f"special_tokens={specials}, but the tokenizer {tokenizer} has its own: leave one of them out")

@@ -387,9 +387,9 @@ def test_any_text_is_encoded_for_a_run(data, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     for text in (folder, ".", json_lines(tmp_path, STORIES, "my.tales.jsonl.gz")):
         directory = prepare_validation(text, tokenizer, data)
-        assert directory.name.partition("-for-")[0] == ("notes" if Path(text).is_dir() else "my.tales")
+        assert directory.name.partition("-whole-for-")[0] == ("notes" if Path(text).is_dir() else "my.tales")
         assert decoded(directory, "valid").split(END)[:-1] == STORIES
-    assert [line.split()[0] for line in lines(capsys)] == ["gathering", "encoding"] * 2
+    assert [line.split()[0] for line in lines(capsys)] == ["taking", "gathering", "encoding"] * 2
     (folder / "more" / "000.md").unlink()
     prepare_validation(folder, tokenizer, data)
     assert [line.split()[0] for line in lines(capsys)] == ["gathering", "encoding"]
