@@ -134,6 +134,7 @@ def test_json_lines_may_begin_with_a_mark_of_their_encoding_and_have_long_number
         (b"[" * 100_000, "line 1 is nested too deeply"),
         (b'{"content": "one", "id": 3}', 'line 1 has no "text" in it; its keys are "content", "id"'),
         (b"{}", 'line 1 has no "text" in it; it is empty'),
+        (json.dumps({"a" * 99: 1, "b": 2}).encode(), f'its keys are "{"a" * 99}...'),
         (b'{"text": null}', 'line 1: "text" is null, not a string'),
         (b'{"text": ["one", "two"]}', 'line 1: "text" is an array, not a string'),
         (b'{"text": 5}', 'line 1: "text" is a number, not a string'),
@@ -170,6 +171,15 @@ def test_a_compressed_text_that_is_cut_off_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(PACK[packing](b'"one"\n' * 1000)[:-9])
     with pytest.raises(ValueError, match=f"{name} is no whole {packing} file"):
         gathered(tmp_path / name)
+
+
+@pytest.mark.parametrize(("packing", "place"), [(".gz", 10), (".gz", -8), (".xz", 30), (".xz", 0)])
+def test_a_compressed_text_that_is_damaged_is_named(tmp_path, packing, place):
+    packed = bytearray(PACK[packing](b'"one"\n' * 1000))
+    packed[place] ^= 0xFF
+    (tmp_path / f"own.txt{packing}").write_bytes(packed)
+    with pytest.raises(ValueError, match=f"own.txt{packing} is no whole {packing} file"):
+        gathered(tmp_path / f"own.txt{packing}")
 
 
 def test_gathering_takes_little_memory(tmp_path):
@@ -268,7 +278,8 @@ def test_what_this_project_makes_is_no_text(tmp_path):
     fill(folder, data__x__stages_json="{}", data__x__train_txt="", data__y__meta_json="", data__y__tokenizer__a_txt="")
     fill(folder, tok__vocab_json="{}", tok__merges_txt="", run__config_yaml="", run__metrics_jsonl="", run__s__a_md="")
     fill(folder, study__run__record_json="{}", study__run__output_txt="")
-    assert names(folder) == ["a.txt"]
+    fill(folder, site__config_yaml="", site__vocab_json="", site__post_md="")
+    assert names(folder) == ["a.txt", "site/post.md"], "one of two names is not enough"
     for made in ("data/x", "data/y", "tok", "run", "study/run"):
         with pytest.raises(ValueError, match=f"{made} is a dataset, a tokenizer or a run, no folder of texts"):
             list_files(folder / made)
@@ -349,6 +360,14 @@ def test_a_fingerprint_is_of_names_and_contents(tmp_path, monkeypatch):
     assert not changed("a.txt", "c.md")
     folder.rename(tmp_path / "other")
     assert fingerprint(tmp_path / "other", memory) == seen[3]
+
+
+def test_a_folder_that_took_the_place_of_another_is_read_anew(tmp_path):
+    folder, other = fill(tmp_path / "notes", a_txt="a"), fill(tmp_path / "others", a_txt="b")
+    for path in (folder / "a.txt", other / "a.txt"):
+        os.utime(path, (1, 1))
+    memory = tmp_path / "files.json"
+    assert fingerprint(folder, memory) != fingerprint(other, memory)
 
 
 def test_a_fingerprint_needs_no_memory_and_files_may_have_any_name(tmp_path, monkeypatch):
