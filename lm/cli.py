@@ -339,6 +339,7 @@ class CLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train; then make up for a last validation that a signal had cut off."""
+        self.trainer.ckpt_path = kwargs.pop("ckpt_path")  # known before the model is made, unlike an argument
         try:
             self.trainer.fit(**kwargs)
         except (RuntimeError, MemoryError) as error:
@@ -347,6 +348,7 @@ class CLI(LightningCLI):
             raise
         if self.control.validation_pending:
             self.metrics.cut(self.trainer)
+            self.trainer.ckpt_path = None
             self.trainer.validate(self.model, self.datamodule, verbose=False)
             self.record.write(self.trainer, self.model, "finished")
 
@@ -386,9 +388,10 @@ class CLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         """The whole validation set."""
+        checkpoint = self.trainer.ckpt_path = kwargs.pop("ckpt_path")
         self.trainer.validate(**kwargs | {"verbose": False})
         if self.trainer.is_global_zero:
-            print(f"{kwargs['ckpt_path'] or 'untrained model'}\n{figures(self.model.validation_result)}")
+            print(f"{checkpoint or 'untrained model'}\n{figures(self.model.validation_result)}")
 
 
 class ParseOnly(CLI):

@@ -125,6 +125,15 @@ def test_a_configuration_file_may_name_its_data_and_its_context(lm: Run) -> None
     assert torch.equal(begun.token_embeddings.weight, load_model(BASE)[0].token_embeddings.weight)
 
 
+def test_what_it_began_with_may_be_gone_when_it_is_validated_or_goes_on(lm: Run) -> None:
+    assert begin(lm) == 0
+    shutil.rmtree(BASE)
+    run = Path("logs/my/version_0")
+    assert lm("validate", f"--ckpt_path={run}") == 0
+    assert lm("fit", f"--config={run}/config.yaml", "--run.name=my", "--resume=must", "--trainer.max_steps=5") == 0
+    assert rows(run)[-1]["step"] == 5
+
+
 class StopAfterFour(Callback):
     """Ctrl-C in the middle of a run."""
 
@@ -153,7 +162,7 @@ def test_a_padded_vocabulary_stays_as_it_is(lm: Run) -> None:
     AtomicCheckpointIO().save_checkpoint(contents, path)
     assert begin(lm, f"--model.init_from={path}") == 0
     assert weights(Path("logs/my/version_0"))["token_embeddings.weight"].shape == (264, 16)
-    assert lm("validate", "--ckpt_path=logs/my/version_0") == 0
+    assert lm("validate", "--ckpt_path=logs/my/version_0", "--model.init_from=null") == 0
     assert begin(lm, f"--model.init_from={path}", "--run.name=my", "--resume=must", "--trainer.max_steps=5") == 0
     assert rows(Path("logs/my/version_0"))[-1]["step"] == 5
 
