@@ -115,10 +115,11 @@ def test_without_other_data_it_trains_on_those_of_the_other(lm: Run, trained: Pa
     assert lm("fit", f"--model.init_from={BASE}", *SHORT) == 0
     config = yaml.safe_load(Path("logs/toy/version_1/config.yaml").read_text())
     assert config["data"]["directory"] == str(trained / "data/toy")
+    assert config["data"]["tokenizer"] is None
 
 
 def test_a_configuration_file_may_name_its_data_and_its_context(lm: Run) -> None:
-    Path("mine.yaml").write_text("data: {train_text: my.txt, context_length: 8}\nrun: {name: mine}")
+    Path("mine.yaml").write_text("data: {train_text: my.txt, context_length: 8, vocab_size: 300}\nrun: {name: mine}")
     assert lm("fit", f"--model.init_from={BASE}", "--config=mine.yaml", "--run.name=named", *SHORT, *STILL) == 0
     begun = load_model(Path("logs/named/version_0"))[0]
     assert begun.config.context_length == 8
@@ -195,6 +196,18 @@ def test_what_cannot_be_begun_with_is_one_line_and_leaves_nothing(
     assert not Path("logs/my").exists()
 
 
+def test_a_dataset_of_another_tokenizer_is_refused(lm: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("data/toy", "data/other", ignore=shutil.ignore_patterns("tokenizer"))
+    Tokenizer({i: bytes([i]) for i in range(256)}, [], []).save("data/other/tokenizer")
+    arguments = ["--data.directory=data/other", f"--data.tokenizer={BASE}"]
+    capfd.readouterr()
+    assert lm("fit", f"--model.init_from={BASE}", *arguments, *SHORT) == 2
+    assert "was trained with another tokenizer than data/other/tokenizer: its" in capfd.readouterr().err
+    Path("data/other/tokenizer/vocab.json").write_text("{")
+    assert lm("fit", f"--model.init_from={BASE}", *arguments, *SHORT) == 2
+    assert capfd.readouterr().err.startswith("error: model.init_from: ")
+
+
 def test_a_model_without_a_run_is_asked_what_to_train_on(lm: Run, capfd: pytest.CaptureFixture[str]) -> None:
     (BASE / "config.yaml").unlink()
     capfd.readouterr()
@@ -202,3 +215,6 @@ def test_a_model_without_a_run_is_asked_what_to_train_on(lm: Run, capfd: pytest.
     assert capfd.readouterr().err == (
         "error: model.init_from: say what to train on, for example --data.train_text my.txt\n"
     )
+    named = ["--data.corpus=builtin", "--trainer.max_steps=-5"]
+    assert lm("fit", f"--model.init_from={BASE}", "--model.transformer.norm=post", *SETTINGS, *named) == 2
+    assert "say what to train on" not in capfd.readouterr().err
