@@ -63,6 +63,29 @@ def test_the_rate_rises_to_the_highest_and_ends_at_the_lowest_with_the_last_upda
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
 
 
+def test_the_rate_of_a_trapezoid_falls_in_its_share_of_the_run() -> None:
+    schedule = ScheduleConfig(shape="trapezoid", warmup_steps=10, min_lr_ratio=0.0, decay_ratio=0.5)
+    assert [schedule.rate(step, 100.0, 2.0) for step in (50, 75, 100)] == pytest.approx([2.0, 1.0, 0.0])
+
+
+def test_context_lengths_may_be_given_in_any_order() -> None:
+    schedule = ScheduleConfig(context_lengths={50: 8, 10: 4})
+    assert [schedule.context_length(progress) for progress in (0.0, 0.1, 0.49, 0.5, 1.0)] == [None, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "clock_progress", "step", "num_steps"),
+    [(100, 0.5, 10, 20), (100, 0.5, 80, 100), (-1, 0.5, 80, 160), (100, 0.0, 0, 100), (100, 0.1, 0, 100)],
+)
+def test_a_run_by_the_clock_is_as_long_as_its_time_but_no_longer_than_its_steps(
+    max_steps: int, clock_progress: float, step: int, num_steps: int
+) -> None:
+    module = LanguageModel(TransformerConfig(257), schedule=ScheduleConfig(follow="clock"))
+    module._trainer = SimpleNamespace(max_steps=max_steps)  # type: ignore[assignment]
+    module.clock_progress = clock_progress
+    assert module.num_steps(step) == num_steps
+
+
 def test_the_running_loss_weighs_each_token_alike_in_whatever_parts_it_comes() -> None:
     losses, counts = torch.rand(7, dtype=torch.float64), [1, 20, 3, 512, 7, 1, 90]
     whole, *ranks = TokenLoss(), TokenLoss(), TokenLoss()
@@ -96,9 +119,12 @@ def test_a_resumed_schedule_is_the_one_given_now() -> None:
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), "betas="),
         (lambda: OptimizerConfig(matrix_lr=0.0), "matrix_lr=0.0 must be positive"),
         (lambda: OptimizerConfig(momentum=1.0), "momentum=1.0 must be in"),
+        (lambda: OptimizerConfig(eps=-1e-8), "eps=-1e-08 must not be negative"),
         (lambda: OptimizerConfig(weight_decay=-0.1), "weight_decay=-0.1 must not be negative"),
         (lambda: ScheduleConfig(warmup_steps=-1), "warmup_steps=-1 must not be negative"),
         (lambda: ScheduleConfig(min_lr_ratio=1.5), "min_lr_ratio=1.5 must be in"),
+        (lambda: ScheduleConfig(decay_ratio=-0.1), "decay_ratio=-0.1 must be in"),
+        (lambda: ScheduleConfig(context_lengths={0: 0}), "must give lengths for percentages"),
         (lambda: ScheduleConfig(context_lengths={100: 8}), "must give lengths for percentages"),
     ],
 )
@@ -112,7 +138,7 @@ def test_every_part_of_the_model_has_its_own_rate(matrices: Any) -> None:
     config = TransformerConfig(40, 12, 3, 2, 16, 32, qk_norm=True, value_embeddings=True)
     model = TransformerLM(config)
     rates = {"matrix_lr": 0.4, "embedding_lr": 0.3, "head_lr": 0.2, "scalar_lr": 0.1}
-    optimizer = OptimizerConfig(lr=0.1, matrices=matrices, **rates).make(model)
+    optimizer = OptimizerConfig(lr=0.1, matrices=matrices, momentum=0.9, **rates).make(model)
     names = {name: round(optimizer.rates[parameter], 6) for name, parameter in model.named_parameters()}
     assert names["layers.0.attn.q_proj.weight"] == names["layers.2.ffn.w3.weight"] == 4
     assert names["token_embeddings.weight"] == names["value_embeddings.0.weight"] == 3
@@ -122,6 +148,7 @@ def test_every_part_of_the_model_has_its_own_rate(matrices: Any) -> None:
     if matrices == "muon":
         assert isinstance(optimizer, Muon)
         assert len(optimizer.matrices) == 3 * 7
+        assert optimizer.momentum == 0.9
         assert all(optimizer.rates[matrix] == pytest.approx(4) for matrix in optimizer.matrices)
 
 
@@ -193,6 +220,13 @@ def test_the_trainer_takes_the_steps_of_a_plain_loop(fit: Fit, dataset: Path, st
         assert row["grad_norm"] == pytest.approx(norm.item(), abs=1e-3)
         assert row["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
         assert row["tokens_seen"] == 64 * step
+
+
+def test_a_norm_of_0_clips_nothing(fit: Fit) -> None:
+    for norm in ("0.0", "1e9", "0.5"):
+        assert fit(f"--run.name=at-{norm}", f"--trainer.gradient_clip_val={norm}") == 0
+    none, high, low = (rows(Path(f"logs/at-{norm}/version_0")) for norm in ("0.0", "1e9", "0.5"))
+    assert none == high != low
 
 
 def test_muon_refuses_a_part_of_a_matrix() -> None:
@@ -317,6 +351,17 @@ def test_each_shape_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(type(size) is int for sizes in seen for size in sizes)
 
 
+def test_a_mode_is_the_compilers_and_what_a_graph_replays_is_copied_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: modes.append(options["mode"]) or function)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    loss = torch.ones(())
+    for mode in (True, "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"):
+        copied = compiled(lambda: loss, mode)() is not loss  # type: ignore[arg-type]
+        assert copied == (mode in ("reduce-overhead", "max-autotune"))
+    assert modes == [None, "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"]
+
+
 def test_a_loss_too_high_for_a_perplexity_is_no_crash() -> None:
     module = LanguageModel(TransformerConfig(257, 16, 1, 2, 8, 16))
     module._trainer = MagicMock(Trainer, datamodule=None)
@@ -325,6 +370,44 @@ def test_a_loss_too_high_for_a_perplexity_is_no_crash() -> None:
     module.validation_loss.update(torch.tensor(1000.0), 3)
     module.on_validation_epoch_end()
     assert module.validation_result["val/loss"] == 1000
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(math.inf, 1.0), (1.0, math.inf)])
+def test_an_update_that_was_not_finite_is_not_forgotten_with_the_next(loss: float, gradient: float) -> None:
+    module = LanguageModel(TransformerConfig(257, 16, 1, 2, 8, 16))
+    module.model = TransformerLM(module.transformer)
+    module._trainer = MagicMock(Trainer, precision_plugin=SimpleNamespace())
+    module._reset_step()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    seen = []
+    for step_loss, element in ((1.0, 1.0), (loss, gradient), (1.0, 1.0)):
+        module.step_loss = torch.tensor(step_loss)
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, element)
+        module.configure_gradient_clipping(optimizer, 1.0)
+        seen.append(bool(module.nonfinite))
+    assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(257, 300), (320, 320)])
+def test_the_vocabulary_is_as_large_as_the_checkpoint_and_the_data_need(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, rows: int
+) -> None:
+    monkeypatch.setattr("lm.module.peek", lambda path: (TransformerConfig(300), {}))
+    module = LanguageModel(TransformerConfig(40))
+    module._trainer = MagicMock(Trainer, ckpt_path="some.ckpt", datamodule=SimpleNamespace(meta={"vocab_size": tokens}))
+    module.setup("fit")
+    assert module.transformer.vocab_size == rows
+
+
+def test_weights_of_another_model_are_not_begun_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TransformerConfig(257, 16, 1, 2, 8, 16)
+    other = TransformerLM(dataclasses.replace(config, norm="post"))
+    monkeypatch.setattr("lm.module.load_model", lambda path, device: (other, {}))
+    module = LanguageModel(config, init_from="some.ckpt")
+    module._trainer = MagicMock(Trainer, ckpt_path=None, training=True)
+    with pytest.raises(ValueError, match=r"init_from=some\.ckpt is of another model: norm: checkpoint post, now pre"):
+        module.configure_model()
 
 
 def test_a_checkpoint_becomes_a_module_that_answers_and_trains_on(fit: Fit, dataset: Path) -> None:
