@@ -78,6 +78,9 @@ def test_dataset_names(path, name):
         ("preface\n" + "no line " * 10_000, None),
         ("one line", None),
         ("one line\n<|endoftext|>\n", None),
+        ("one line\n<|endoftext|>\n<|endoftext|>\n", None),
+        ("\n\n<|endoftext|>\n\none line\n", None),
+        ("a line\n" * 9000 + "<|endoftext|>\n" + "b line\n" * 1000, "b line\n" * 1000),
         ("\n\n \n", None),
     ],
 )
@@ -92,6 +95,13 @@ def test_where_the_held_out_part_begins(tmp_path, text, valid):
         assert (tmp_path / "valid.txt").read_bytes().decode() == valid
         assert train.read_bytes() + (tmp_path / "valid.txt").read_bytes() == text.encode()
     assert not (tmp_path / ".text.part").exists()
+
+
+def test_of_a_large_text_less_than_its_twentieth_is_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "HELD_OUT_BYTES", 20)
+    (tmp_path / "own.txt").write_text("word\n" * 1000)
+    hold_out(tmp_path / "own.txt", tmp_path / "train.txt", tmp_path / "valid.txt")
+    assert (tmp_path / "valid.txt").read_text() == "word\n" * 3
 
 
 def test_the_held_out_texts_are_on_the_device_before_they_have_their_names(tmp_path, monkeypatch):
@@ -233,6 +243,7 @@ def test_the_texts_of_a_folder_come_in_the_order_of_their_names(tmp_path):
     os.mkfifo(folder / "pipe.txt")
     (folder / "gone.txt").symlink_to("nowhere.txt")
     assert names(folder) == ["B.jsonl", "a/b/c.TEXT", "a/z.md", "b.txt", "c.txt.gz", "z.ndjson.xz"]
+    assert names(fill(tmp_path / "two", a__b_txt="", a_txt="")) == ["a.txt", "a/b.txt"], "as they are written"
     assert describe(folder) == f"6 files of {folder}/, 4 others left out"
     assert describe(fill(tmp_path / "one", a_txt="a")) == f"1 file of {tmp_path}/one/"
     assert describe(folder / "b.txt") == f"{folder}/b.txt"
@@ -260,6 +271,11 @@ def test_the_texts_of_a_folder_are_joined(tmp_path, files):
     else:
         with pytest.raises(ValueError, match=r"notes has no (documents|texts) in it"):
             gathered(tmp_path / "notes")
+
+
+def test_endings_may_be_in_capitals(tmp_path):
+    folder = fill(tmp_path / "notes", A_TXT_GZ=gzip.compress(b"one"), B_JSONL_XZ=lzma.compress(b'"two"'))
+    assert gathered(folder) == joined(["one", "two"])
 
 
 def test_links_are_followed_but_no_folder_is_entered_twice(tmp_path):
