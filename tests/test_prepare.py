@@ -361,22 +361,27 @@ def test_a_folder_that_its_dataset_lies_in(tmp_path, monkeypatch, capsys):
     assert [line.split()[0] for line in lines(capsys)[4:]] == ["gathering", "training", "encoding", "encoding"]
 
 
-def test_a_folder_that_would_be_its_datasets_directory_is_left_as_it_is(data):
+def test_a_folder_that_would_be_its_datasets_directory_is_left_as_it_is(data, tmp_path):
     folder = folder_of(data / "notes", STORIES[:3])
     before = sorted(folder.rglob("*"))
     with pytest.raises(ValueError, match=r"notes would be its dataset's directory, too: move the texts, or give anoth"):
         prepare(train_text=folder, data_dir=data)
+    with pytest.raises(ValueError, match=r"notes would be its dataset's directory, too: move the texts, or give anoth"):
+        prepare(train_text=own_text(tmp_path, name="notes.txt"), valid_text=folder, data_dir=data)
     assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("valid", ["more", "more/001.md"])
-def test_a_validation_text_that_is_trained_on_is_refused(data, tmp_path, valid):
+def test_a_validation_text_that_is_trained_on_is_refused(data, tmp_path, monkeypatch, valid):
     folder = folder_of(tmp_path / "notes", STORIES[:3])
     for texts in ((folder, folder / valid), (folder / valid, folder)):
         with pytest.raises(
             ValueError, match=r"more.* lies in .*notes, and would be both trained and validated on: mov"
         ):
             prepare(None, *texts, data_dir=data)
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=r"more.* lies in \., and would be both trained and validated on"):
+        prepare(train_text=".", valid_text=folder / valid, data_dir=data)
     assert not data.exists()
 
 
@@ -393,6 +398,13 @@ def test_any_text_is_encoded_for_a_run(data, tmp_path, capsys, monkeypatch):
     (folder / "more" / "000.md").unlink()
     prepare_validation(folder, tokenizer, data)
     assert [line.split()[0] for line in lines(capsys)] == ["gathering", "encoding"]
+
+
+def test_a_text_of_another_encoding_is_not_encoded_for_a_run(data, tmp_path):
+    Tokenizer({i: bytes([i]) for i in range(256)}, [], []).save(tmp_path / "bytes")
+    (tmp_path / "latin.txt").write_bytes("Käse\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"convert the text, e\.g\. `iconv -f LATIN1 -t UTF-8 "):
+        prepare_validation(tmp_path / "latin.txt", tmp_path / "bytes", data)
 
 
 def test_a_text_that_would_be_written_over_is_refused(data, tmp_path):
@@ -594,6 +606,16 @@ def test_parts_of_a_killed_process_are_removed(data, tmp_path):
     (tmp_path / "own.txt").write_text("a line of text\n" * 5000)
     module.prepare(train_text=tmp_path / "own.txt", data_dir=tmp_path / "data")
     assert not list((tmp_path / "data").rglob("*.part"))
+
+
+def test_a_tokenizer_of_bytes_may_be_named_with_its_size_and_parts_of_a_killed_process_are_removed(data, tmp_path):
+    Tokenizer({i: bytes([i]) for i in range(256)}, [], []).save(tmp_path / "bytes")
+    given = {"data_dir": data, "vocab_size": 256, "tokenizer": tmp_path / "bytes"}
+    directory = prepare(None, own_text(tmp_path), **given)
+    assert decoded(directory, "train") + decoded(directory, "valid") == TEXT
+    (directory / ".train.npy.99999.part").touch()
+    prepare(None, tmp_path / "tales.txt", **given)
+    assert not list(data.rglob("*.part"))
 
 
 def test_a_compressed_text_counts_three_times(tmp_path):
