@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -22,11 +24,11 @@ from toy import SETTINGS, command, make_dataset
 
 from lm import __main__
 from lm.checkpoint import best_checkpoint
-from lm.cli import default_run_name
+from lm.cli import choose_data, default_run_name, named_data, option, options
 from lm.options import explain, is_first_rank
 from lm.parser import TRAINER_OPTIONS
 from lm.problems import device_problems, process_problems
-from lm.ranks import num_devices
+from lm.ranks import find_culprit, make_strategy, num_devices
 from tokenizer.__main__ import main as tokenizer_main
 
 Run = Callable[..., int]
@@ -452,8 +454,9 @@ def test_a_run_goes_on_and_is_validated_without_its_text(lm: Run, tmp_path: Path
     text.write_text("the cat sat on a mat.\n" * 3000)
     settings = [setting for setting in SETTINGS if "name" not in setting]
     assert lm("fit", *settings, f"--data.train_text={text}", "--data.vocab_size=300") == 0
-    text.unlink()
+    text.rename(tmp_path / "other.txt")
     assert lm("validate") == 0
+    assert lm("validate", "--data.valid_text=other.txt") == 0
     assert lm("fit", "--config=logs/my/version_0/config.yaml") == 0
 
 
@@ -511,6 +514,39 @@ def test_what_is_typed_about_the_data_wins_over_a_runs_configuration(
     assert "one dataset is enough" in capfd.readouterr().err
     assert lm("validate", f"--data.train_text={text}") == 2
     assert "to validate on another text use --data.valid_text" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "left"),
+    [
+        ({"train_text"}, ("a.txt", None)),
+        ({"train_text", "valid_text"}, ("a.txt", "b.txt")),
+        ({"corpus"}, (None, None)),
+    ],
+)
+def test_what_is_typed_takes_the_place_of_both_texts_of_a_configuration(
+    typed: set[str], left: tuple[str | None, str | None]
+) -> None:
+    data = Namespace(directory="data/x", train_text="a.txt", valid_text="b.txt")
+    assert choose_data(data, typed, "fit") == []
+    assert (data.directory, data.train_text, data.valid_text) == (None, *left)
+
+
+def test_a_configuration_names_its_texts_or_its_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("data: {train_text: my.txt, batch_size: 3}")
+    Path("run.yaml").write_text("data: {directory: data/my, train_text: my.txt}")
+    for argv in (["-c", "mine.yaml"], ["--config=mine.yaml"]):
+        assert named_data(["fit", *argv]) == {"train_text"}
+    assert named_data(["fit", "--config=mine.yaml", "-c=run.yaml"]) == {"directory"}
+    assert named_data(["fit"]) == set()
+
+
+def test_of_an_option_given_several_times_the_last_counts_and_no_longer_name_is_taken_for_it() -> None:
+    argv = ["fit", "--run.name=a", "--run.names=b", "--run.name", "c", "--run.name"]
+    assert options(argv, "--run.name") == ["a", "c", ""]
+    assert option(argv[:-1], "--run.name") == "c"
+    assert option(argv, "--run") is None
 
 
 def test_a_dataset_without_a_tokenizer_leaves_no_run(
@@ -604,6 +640,27 @@ def test_a_checkpoint_given_by_name_begins_a_run_of_its_own(fit: Run, lm: Run) -
 def test_devices_are_counted_as_lightning_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert [num_devices(devices) for devices in (2, "2", "auto", -1, [0, 1, 2], "0,2", "0,")] == [2, 2, 4, 4, 3, 2, 1]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert [num_devices(devices) for devices in ("auto", -1)] == [1, 1], "the processor"
+
+
+def test_several_devices_on_whatever_nodes_need_a_strategy_with_the_runs_timeout() -> None:
+    def strategy(name: str, devices: int = 1, num_nodes: int = 1) -> Any:
+        return make_strategy(Namespace(strategy=name, devices=devices, num_nodes=num_nodes), timedelta(minutes=3))
+
+    assert strategy("auto") == "auto"
+    for made in (strategy("ddp"), strategy("auto", 2), strategy("auto", 1, 2), strategy("fsdp2", 2, 3)):
+        assert made._timeout == timedelta(minutes=3)
+    assert strategy("fsdp2", 2, 3)._data_parallel_size == 6
+
+
+def test_of_several_ranks_the_one_that_failed_is_named_once_it_has() -> None:
+    def rank(*exit_codes: int | None) -> Any:
+        return MagicMock(subprocess.Popen, poll=MagicMock(side_effect=exit_codes), returncode=exit_codes[-1])
+
+    assert find_culprit([rank(0), rank(None)]) is None
+    assert "rank 3 ended with exit code 7" in str(find_culprit([rank(0), rank(None), rank(7)]))
+    assert "rank 1 ended with exit code 7" in str(find_culprit([rank(None, None, 7)], patience=60.0))
 
 
 def test_one_callback_needs_no_list(fit: Run) -> None:
