@@ -451,6 +451,10 @@ class TestStrings:
                 size = strings.to_utf8(text, out)
                 assert out[:size].tobytes() == text.encode()
 
+    @pytest.mark.parametrize("one", "\x7f\x80\xff\u0100\uffff\U00010000\U0010ffff")
+    def test_there_is_room_for_all_of_them(self, one: str) -> None:
+        assert len((one * 100).encode()) <= strings.max_bytes(one * 100) <= 400
+
     @pytest.mark.parametrize("last", ["", "\U0001f600"])
     def test_surrogates_are_left_to_python(self, compiled: Tokenizer, last: str) -> None:
         for surrogate in ("\ud800", "\udfff"):
