@@ -400,6 +400,41 @@ def test_the_vocabulary_is_as_large_as_the_checkpoint_and_the_data_need(
     assert module.transformer.vocab_size == rows
 
 
+def test_a_share_without_targets_changes_no_figure_and_the_texts_entropy_is_among_them() -> None:
+    module = LanguageModel(TransformerConfig(257, 16, 1, 2, 8, 16))
+    module.model = TransformerLM(module.transformer)
+    split = {"num_tokens": 2, "num_bytes": 4, "entropy_bits_per_byte": 0.5}
+    module._trainer = MagicMock(Trainer, datamodule=SimpleNamespace(meta={"splits": {"valid": split}}))
+    module.log_dict = lambda *args, **kwargs: None
+    results, ids = [], torch.arange(16).view(2, 8)
+    for counts in ([16], [16, 0]):
+        module.on_validation_epoch_start()
+        for count in counts:
+            module.validation_step((ids, ids, count), 0)
+        module.on_validation_epoch_end()
+        results.append(module.validation_result)
+    assert results[0] == results[1]
+    assert results[0]["val/entropy_bits_per_byte"] == 0.5
+
+
+def test_the_first_weights_depend_on_the_seed_alone_and_a_second_stage_makes_nothing_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes: list[Any] = []
+    monkeypatch.setattr("lm.module.compiled", lambda function, mode: modes.append(mode) or function)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    weights = []
+    for _ in range(2):
+        torch.rand(5)  # as preparing data may
+        module = LanguageModel(TransformerConfig(257, 16, 1, 2, 8, 16), compile=True)
+        module._trainer = MagicMock(Trainer, ckpt_path=None)
+        module.configure_model()
+        module.configure_model()
+        weights.append(module.model.token_embeddings.weight)
+    assert torch.equal(*weights)
+    assert modes == [True, True]
+
+
 def test_weights_of_another_model_are_not_begun_with(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TransformerConfig(257, 16, 1, 2, 8, 16)
     other = TransformerLM(dataclasses.replace(config, norm="post"))
