@@ -113,7 +113,7 @@ def test_a_text_is_encoded_with_a_tokenizer_that_there_is_beside_its_own_dataset
 
 
 def test_the_built_in_texts_entropy_does_not_depend_on_the_tokenizer(data, tmp_path, capsys):
-    Tokenizer({i: bytes([i]) for i in range(256)}, [], []).save(tmp_path / "bytes")
+    Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"<|user|>"}, [], ["<|user|>"]).save(tmp_path / "bytes")
     directory = prepare("builtin", data_dir=data, tokenizer=tmp_path / "bytes")
     assert "it has no <|endoftext|>: documents will not be told apart" in lines(capsys)
     own = prepare("builtin", data_dir=data, vocab_size=300)
@@ -136,6 +136,9 @@ def test_ones_own_special_tokens_are_one_token_each(data, tmp_path, capsys):
     capsys.readouterr()
     prepare(None, text, data_dir=data, vocab_size=280, special_tokens=["<|user|>"])
     assert [line.split()[0] for line in lines(capsys)] == ["training", "encoding", "encoding"]
+    for order in (["<|user|>", "<|model|>"], ["<|model|>", "<|user|>"]):
+        prepare(None, text, data_dir=data, vocab_size=280, special_tokens=order)
+        assert Tokenizer.from_directory(directory / "tokenizer").special_tokens == [END, *order]
 
 
 def test_a_tokenizer_of_another_size_or_none_is_refused(data, tmp_path):
@@ -283,8 +286,9 @@ def test_json_lines_to_train_and_to_validate(data, tmp_path, capsys):
         assert [line.split()[0] for line in lines(capsys)] == ["gathering", "training", "encoding", "encoding"]
 
 
-def test_what_was_gathered_is_not_taken_for_what_was_held_out_because_it_is_as_long(data, tmp_path):
-    train = json_lines(tmp_path, STORIES)
+@pytest.mark.parametrize("plain", [False, True])
+def test_what_was_gathered_is_not_taken_for_what_was_held_out_because_it_is_as_long(data, tmp_path, plain):
+    train = own_text(tmp_path) if plain else json_lines(tmp_path, STORIES)
     held_out = decoded(prepare(train_text=train, data_dir=data, vocab_size=300), "valid")
     valid = json_lines(tmp_path / "valid", ["x" * (len(held_out) - len(END))])
     for _ in range(2):
@@ -436,6 +440,7 @@ def test_a_text_that_would_be_written_over_is_refused(data, tmp_path):
         ({"train_text": "cut.txt.xz"}, ValueError, "cut.txt.xz is no whole .xz file"),
         ({"train_text": "latin.txt"}, ValueError, "at byte 1 .*: convert .* `iconv -f LATIN1 -t UTF-8 latin.txt > u"),
         ({"train_text": "full.txt", "valid_text": "latin.txt"}, ValueError, "latin.txt is not .* -t UTF-8 latin.txt >"),
+        ({"train_text": "latin-1"}, ValueError, "latin-1 is not .* `iconv -f LATIN1 -t UTF-8 latin-1 > utf8.txt`"),
         ({"train_text": "utf16.txt"}, ValueError, "is UTF-16, not UTF-8: .* `iconv -f UTF-16 -t UTF-8 utf16.txt >"),
         ({"train_text": "latin.txt.gz"}, ValueError, "`gzip -dc latin.txt.gz | iconv -f LATIN1 -t UTF-8 > utf8.txt`"),
         ({"train_text": "bad.jsonl"}, ValueError, 'bad.jsonl: line 2 has no "text" in it; its keys are "body"'),
@@ -451,6 +456,7 @@ def test_bad_input_is_one_clear_line(data, tmp_path, monkeypatch, arguments, err
         "empty.txt": b"",
         "none/image.jpg": b"",
         "latin/a.txt": "Käse".encode("latin-1"),
+        "latin-1": "Käse\n\nKäse\n\n".encode("latin-1") * 9,
         "latin.txt": "Käse\n\nKäse\n\n".encode("latin-1") * 9,
         "utf16.txt": TEXT.encode("utf-16"),
         "latin.txt.gz": gzip.compress("Käse\n\nKäse\n\n".encode("latin-1") * 9),

@@ -69,6 +69,7 @@ def test_dataset_names(path, name):
     [
         ("one\n<|endoftext|>\ntwo\n<|endoftext|>\n", "two\n<|endoftext|>\n"),
         ("one<|endoftext|>two", "two"),
+        ("one<|endoftext|>two<|endoftext|>a third that is long", "a third that is long"),
         ("one\n<|endoftext|>\n" * 100, "one\n<|endoftext|>\n" * 4),
         ("a line\nof one\n\nthen two\nof it\n", "then two\nof it\n"),
         ("a line\r\nof one\r\n\r\nthen two\r\nof it\r\n", "then two\r\nof it\r\n"),
