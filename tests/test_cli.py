@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -28,7 +29,7 @@ from lm.cli import choose_data, default_run_name, named_data, option, options
 from lm.options import explain, is_first_rank
 from lm.parser import TRAINER_OPTIONS
 from lm.problems import device_problems, process_problems
-from lm.ranks import find_culprit, make_strategy, num_devices
+from lm.ranks import end_with, find_culprit, make_strategy, num_devices
 from tokenizer.__main__ import main as tokenizer_main
 
 Run = Callable[..., int]
@@ -661,6 +662,18 @@ def test_of_several_ranks_the_one_that_failed_is_named_once_it_has() -> None:
     assert find_culprit([rank(0), rank(None)]) is None
     assert "rank 3 ended with exit code 7" in str(find_culprit([rank(0), rank(None), rank(7)]))
     assert "rank 1 ended with exit code 7" in str(find_culprit([rank(None, None, 7)], patience=60.0))
+
+
+def test_a_rank_ends_when_the_process_that_started_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    parents, naps = iter([7, 7, 1]), iter(range(3))
+    monkeypatch.setattr("lm.ranks.os", SimpleNamespace(getppid=lambda: next(parents), _exit=leave))
+    monkeypatch.setattr("lm.ranks.time", SimpleNamespace(sleep=lambda seconds: next(naps)))
+    with pytest.raises(SystemExit, match="1"):
+        end_with(7)
+    assert next(naps) == 2, "it looked twice in vain"
 
 
 def test_one_callback_needs_no_list(fit: Run) -> None:
