@@ -657,7 +657,7 @@ def test_a_fault_of_one_rank_ends_the_job_soon_with_its_error_and_no_orphans(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seconds", "code"), [(500, 1), (0, 5)])
+@pytest.mark.parametrize(("seconds", "code"), [(500, 1), (1.5, 5), (0, 5)])
 def test_a_rank_that_fails_ends_the_first_one_unless_that_is_ending_by_itself(seconds: float, code: int) -> None:
     """One that waits for it for ever with a line of its own; the other may take its time, seconds here, to say why."""
     script = f"""
