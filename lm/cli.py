@@ -29,15 +29,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm import default_config
 from lm.accounting import read_settings
 from lm.bundle import write_bundle
 from lm.callbacks import MetricsLog, Progress, RunRecord, Samples, duration, figures
 from lm.checkpoint import (
     AtomicCheckpointIO,
-    best_checkpoint,
-    checkpoint_file,
-    find_run,
     lock_run,
     newest_checkpoint,
     newest_config,
@@ -45,23 +41,21 @@ from lm.checkpoint import (
 )
 from lm.control import RunConfig, RunControl, Signals, Stopped, requeue_job
 from lm.data import TokenDataModule
+from lm.defaults import default_configs, default_run_name, settle
 from lm.device import device_name
 from lm.module import LanguageModel
 from lm.options import discard, fail, is_first_rank, say
 from lm.parser import DESCRIPTIONS, Parser, check_sections
 from lm.prepare import prepare_validation
-from lm.problems import beginning_problems, checkpoint_problems, find_problems
+from lm.problems import beginning_problems, find_problems
 from lm.ranks import end_ranks, end_with, find_culprit, make_strategy, watched_ranks
 from lm.report import by_version
-from lm.texts import dataset_name
 from tokenizer.files import atomic_write
 from tokenizer.options import in_one_line
 
 PARENT = "LM_PARENT"  # environment variable: the process that started this one
 
 CheckpointIO.register(AtomicCheckpointIO)
-
-TEXTS = ("corpus", "train_text", "valid_text")
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
@@ -107,68 +101,6 @@ class SaveRunConfig(SaveConfigCallback):
     def _write(self, name: str) -> None:
         with atomic_write(self.run / name, "w") as file:
             file.write(self.text)
-
-
-def default_run_name(data: Namespace) -> str:
-    """The name of a run's dataset."""
-    if data.directory is not None:
-        return Path(data.directory).name
-    return data.corpus if data.train_text is None else dataset_name(data.train_text)
-
-
-def choose_data(data: Namespace, typed: set[str], subcommand: str) -> list[str]:
-    """Let a text or corpus on the command line win over the dataset of a configuration file; what is wrong with it.
-
-    Args:
-        data: the section, changed in place. A run's own configuration has its dataset's directory beside its texts.
-        typed: which of its keys are on the command line.
-        subcommand: fit or validate, which needs no more than `valid_text`.
-    """
-    texts = sorted(typed & set(TEXTS))
-    if not texts:
-        return []
-    if "directory" in typed:
-        return [f"data.directory and data.{texts[0]}: one dataset is enough; leave one of them out"]
-    if subcommand == "validate" and texts == ["valid_text"]:
-        data.directory = data.train_text = None
-    elif subcommand == "validate" and data.directory is not None:
-        return [f"data.{texts[0]}: to validate on another text use --data.valid_text, encoded with the run's tokenizer"]
-    elif data.directory is not None:
-        data.directory = None
-        for name in {"train_text", "valid_text"} - typed:
-            data[name] = None
-    return []
-
-
-def named_data(argv: list[str]) -> set[str]:
-    """Which of the texts, or else the dataset's directory, the `--config` files on a command line name."""
-    files = [value for name in ("--config", "-c") for value in options(argv, name)]
-    data = {name for file in files for name in read_settings(Path(file)).get("data", {})}
-    return {"directory"} if "directory" in data else data & set(TEXTS)
-
-
-def begin_anew(config: Namespace, argv: list[str], typed: set[str]) -> list[str]:
-    """Of a run whose weights a new one begins with, take the tokenizer, leave the name behind; what is wrong.
-
-    Args:
-        config: changed in place; its other settings are that run's, where nothing else has been said.
-        argv: the command line.
-        typed: what of the data it names.
-    """
-    data, checkpoint = config.data, checkpoint_file(config.model.init_from)
-    if problems := checkpoint_problems(checkpoint, "model.init_from"):
-        return problems
-    config.model.init_from = str(checkpoint)
-    if option(argv, "--run.name") is None:
-        config.run.name = None
-    if data.directory is None and data.train_text is None and not typed:
-        return ["model.init_from: say what to train on, for example --data.train_text my.txt"]
-    if data.directory is None and option(argv, "--data.tokenizer") is None:
-        data.tokenizer = str(run_of(checkpoint) / "tokenizer")
-        for name in ("vocab_size", "special_tokens"):
-            if option(argv, f"--data.{name}") is None:
-                data[name] = None
-    return []
 
 
 def batches_between_validations(validate_every_n_steps: int, accumulate_grad_batches: int) -> int:
@@ -259,15 +191,9 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work, all of it at once, before any data is touched."""
-        config, argv = self.config[self.subcommand], sys.argv[1:]
-        typed = {name for name in ("directory", *TEXTS) if option(argv, f"--data.{name}") is not None}
-        begins = self.subcommand == "fit" and option(argv, "--model.init_from") is not None
-        if begins:
-            typed |= named_data(argv)
-        problems = choose_data(config.data, typed, str(self.subcommand))
-        if begins:
-            problems += begin_anew(config, argv, typed)
-        if problems := problems + find_problems(config, str(self.subcommand)):
+        config = self.config[self.subcommand]
+        problems = settle(config, sys.argv[1:], str(self.subcommand)) + find_problems(config, str(self.subcommand))
+        if problems:
             fail(problems)
         if self.subcommand == "validate" and config.data.valid_text and config.data.train_text is None:
             tokenizer = run_of(config.ckpt_path) / "tokenizer"
@@ -451,48 +377,6 @@ def indent(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ the door
-
-
-def default_configs(argv: list[str]) -> dict[str, list[str]]:
-    """The configuration below everything typed: the built-in corpus' for a fit, the run's own for what comes from one.
-
-    Adds `--ckpt_path` to a `validate` without one, or with a run's folder: the best checkpoint of the newest run, or of
-    that one.
-
-    Raises:
-        FileNotFoundError: nothing says what a checkpoint is to be validated with.
-    """
-    subcommand, logs = argv[0] if argv else "", option(argv, "--run.logs") or "logs"
-    checkpoint = option(argv, "--ckpt_path")
-    run = Path(checkpoint) if checkpoint and Path(checkpoint).is_dir() else None
-    if subcommand == "validate" and (run or checkpoint is None) and not {"-h", "--help"} & set(argv):
-        checkpoint = str(best_checkpoint(run or find_run(logs)))
-        argv += ["--ckpt_path", checkpoint]  # the last one counts
-    elif subcommand == "fit" and checkpoint is None and (beginning := option(argv, "--model.init_from")):
-        inherited = newest_config(run_of(checkpoint_file(beginning)))
-        return {subcommand: [str(inherited if inherited.is_file() else default_config())]}
-    own = newest_config(run_of(checkpoint)) if checkpoint else default_config()
-    configured = own.is_file() or option(argv, "--config") or option(argv, "-c")
-    if subcommand == "validate" and checkpoint and Path(checkpoint).is_file() and not configured:
-        if problems := checkpoint_problems(Path(checkpoint)):
-            fail(problems)
-        raise FileNotFoundError(f"no config.yaml beside {checkpoint}: say with --config what to validate it with")
-    return {subcommand: [str(own)]} if own.is_file() and subcommand in CLI.subcommands() else {}
-
-
-def option(argv: list[str], name: str) -> str | None:
-    """The value of an option on the command line; given several times, the last one counts."""
-    return next(reversed(options(argv, name)), None)
-
-
-def options(argv: list[str], name: str) -> list[str]:
-    """All values of an option on the command line, `--name value` or `--name=value`, in their order."""
-    words = itertools.pairwise([*argv, ""])
-    return [
-        following if word == name else word.partition("=")[2]
-        for word, following in words
-        if word == name or word.startswith(f"{name}=")
-    ]
 
 
 def silence_libraries() -> None:

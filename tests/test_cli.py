@@ -25,7 +25,7 @@ from toy import SETTINGS, command, make_dataset
 
 from lm import __main__
 from lm.checkpoint import best_checkpoint
-from lm.cli import choose_data, default_run_name, named_data, option, options
+from lm.defaults import choose_data, default_run_name, named_data, option, options
 from lm.options import explain, is_first_rank
 from lm.parser import TRAINER_OPTIONS
 from lm.problems import device_problems, process_problems

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from lm.accounting import FIT_KEYS, config_from_yaml, read_settings
-from lm.cli import CLI, ParseOnly, default_configs
+from lm.cli import CLI, ParseOnly
 from lm.control import Signals
+from lm.defaults import default_configs
 from lm.model import TransformerConfig
 from lm.problems import find_problems
 
@@ -122,7 +123,7 @@ def test_a_file_may_be_empty_and_give_anew_what_it_merges(cli: CLI, tmp_path: Pa
 
 def test_the_codes_own_defaults_are_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lm.cli.default_config", lambda: tmp_path / "absent.yaml")
+    monkeypatch.setattr("lm.defaults.default_config", lambda: tmp_path / "absent.yaml")
     config = parse(make_cli(monkeypatch))
     assert config.data.corpus == "builtin"
     assert config.trainer.max_steps == 1000

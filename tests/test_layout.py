@@ -25,8 +25,8 @@ tokenizer.train tokenizer.bpe tokenizer.encode tokenizer tokenizer.stats tokeniz
 tokenizer.rivals tokenizer.bench tokenizer.options tokenizer.__main__
 lm lm.device lm.gradients lm.functional lm.layers lm.model lm.optim lm.accounting lm.grammar lm.download lm.texts
 lm.prepare lm.data lm.checkpoint lm.stops lm.generate lm.session lm.serve lm.export lm.module lm.options lm.control
-lm.callbacks lm.report lm.bundle lm.ranks lm.parser lm.problems lm.cli lm.apart lm.rivals lm.entrants lm.measure
-lm.bench lm.sweep lm.__main__
+lm.callbacks lm.report lm.bundle lm.ranks lm.parser lm.problems lm.defaults lm.cli lm.apart lm.rivals lm.entrants
+lm.measure lm.bench lm.sweep lm.__main__
 """.split()
 
 # What should be readable alone is held to less than the order allows.

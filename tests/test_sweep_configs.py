@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from lm.cli import CLI, ParseOnly, default_configs
+from lm.cli import CLI, ParseOnly
 from lm.control import Signals
+from lm.defaults import default_configs
 from lm.problems import find_problems
 from lm.sweep import PlannedRun, plan
 
