@@ -138,6 +138,8 @@ def prepare(
     given = None if tokenizer is None else _given_tokenizer(tokenizer, vocab_size, special_tokens)
     specials = [END_OF_TEXT, *(token for token in special_tokens if token != END_OF_TEXT)]
     check_special_tokens(specials)
+    if short := [token for token in specials if len(token.encode()) == 1]:
+        raise ValueError(f"special_tokens={short}: a single byte is a token anyway; leave it out")
     if vocab_size is None:
         vocab_size = default_vocab_size(corpus, train_text)
     if vocab_size < 256 + len(specials) and given is None:
@@ -245,8 +247,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         ValueError: it is damaged.
     """
     folder = Path(path) / "tokenizer" if (Path(path) / "tokenizer").is_dir() else Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"tokenizer={path}: no such folder; `python -m tokenizer train` makes one")
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise FileNotFoundError(
+            f"tokenizer={path}: no tokenizer there; name its folder or a run's, logs/NAME/version_0"
+        )
     return Tokenizer.from_directory(folder)
 
 
@@ -420,18 +424,19 @@ def _train_tokenizer(stages: Stages, text: Path, vocab_size: int, specials: list
     folder = stages.directory / "tokenizer"
 
     def work() -> str:
-        for stale in ("meta.json", *(f"{split}.npy" for split in SPLITS)):
-            (stages.directory / stale).unlink(missing_ok=True)
         vocab, merges = train_bpe(text, vocab_size, specials, progress=progress)
         tokenizer = Tokenizer(vocab, merges, specials)
+        for stale in ("meta.json", *(f"{split}.npy" for split in SPLITS)):
+            (stages.directory / stale).unlink(missing_ok=True)
         tokenizer.save(folder)
         return tokenizer.sha256
 
     inputs = {"text_sha256": stages.sha256(text), "vocab_size": vocab_size, "special_tokens": specials}
-    size = stages.notes.get("tokenizer", {}).get("inputs", {}).get("vocab_size", vocab_size)
-    if size != vocab_size:
-        line = f"{stages.directory} has {size:,} tokens, {vocab_size:,} wanted: making it anew"
-        print(f"prepare: {line}", file=sys.stderr)
+    before = inputs | stages.notes.get("tokenizer", {}).get("inputs", {})
+    for name in ("vocab_size", "special_tokens"):
+        if before[name] != inputs[name]:
+            line = f"{stages.directory} has {name}={before[name]}, wanted {inputs[name]}: making it anew"
+            print(f"prepare: {line}", file=sys.stderr)
     stages.run("tokenizer", f"training a tokenizer of {vocab_size:,} tokens on {text}", inputs, TOKENIZER_FILES, work)
 
 

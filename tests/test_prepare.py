@@ -135,10 +135,22 @@ def test_ones_own_special_tokens_are_one_token_each(data, tmp_path, capsys):
     assert json.loads((directory / "meta.json").read_bytes())["splits"]["train"]["num_documents"] == 96
     capsys.readouterr()
     prepare(None, text, data_dir=data, vocab_size=280, special_tokens=["<|user|>"])
-    assert [line.split()[0] for line in lines(capsys)] == ["training", "encoding", "encoding"]
+    said = lines(capsys)
+    had, wanted = [END, "<|user|>", "<|model|>"], [END, "<|user|>"]
+    assert said[0] == f"{directory} has special_tokens={had}, wanted {wanted}: making it anew"
+    assert [line.split()[0] for line in said[1:]] == ["training", "encoding", "encoding"]
     for order in (["<|user|>", "<|model|>"], ["<|model|>", "<|user|>"]):
         prepare(None, text, data_dir=data, vocab_size=280, special_tokens=order)
         assert Tokenizer.from_directory(directory / "tokenizer").special_tokens == [END, *order]
+
+
+def test_a_special_token_that_is_refused_costs_nothing(data, tmp_path):
+    text = own_text(tmp_path)
+    before = contents(prepare(None, text, data_dir=data, vocab_size=300))
+    for special in ("a", " "):
+        with pytest.raises(ValueError, match=r"special_tokens=\['.'\]: a single byte is a token anyway"):
+            prepare(None, text, data_dir=data, vocab_size=300, special_tokens=[special])
+    assert contents(data / "tales") == before
 
 
 def test_a_tokenizer_of_another_size_or_none_is_refused(data, tmp_path):
@@ -151,7 +163,7 @@ def test_a_tokenizer_of_another_size_or_none_is_refused(data, tmp_path):
         prepare("builtin", data_dir=data, special_tokens=["<x>", "<x>"])
     with pytest.raises(ValueError, match="vocab_size=257 must be at least 258"):
         prepare("builtin", data_dir=data, special_tokens=["<x>"], vocab_size=257)
-    with pytest.raises(FileNotFoundError, match=r"tokenizer=.*nowhere: no such folder"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer=.*nowhere: no tokenizer there"):
         prepare("builtin", data_dir=data, tokenizer=tmp_path / "nowhere")
     assert not data.exists()
 
@@ -161,7 +173,7 @@ def test_what_changed_is_redone_with_what_depends_on_it(data, capsys, monkeypatc
     capsys.readouterr()
     prepare("builtin", data_dir=data, vocab_size=310)
     said = lines(capsys)
-    assert said[0] == f"{directory} has 300 tokens, 310 wanted: making it anew"
+    assert said[0] == f"{directory} has vocab_size=300, wanted 310: making it anew"
     assert [line.split()[0] for line in said[1:]] == ["training", "encoding", "encoding"]
     assert json.loads((directory / "meta.json").read_bytes())["vocab_size"] == 310
     (directory / "valid.npy").unlink()
