@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -528,6 +529,7 @@ class TokenDataModule(pl.LightningDataModule):
             "tokenizer_sha256": self.meta["tokenizer_sha256"],
             "train_text_sha256": splits["train"]["text_sha256"] if "train" in splits else None,
             "train_tokens": splits["train"]["num_tokens"] if "train" in splits else None,
+            "valid_text_sha256": splits["valid"]["text_sha256"] if "valid" in splits else None,
             "context_length": self.context_length,
             "global_batch_size": self.batch_size * self._shard[1],
             "accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,
@@ -542,7 +544,8 @@ class TokenDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare a checkpoint's data with ours: to validate, the tokenizer must agree; to go on training, all.
 
-        A checkpoint that names less, as that of an imported model, has less that must agree.
+        A checkpoint that names less, as that of an imported model, has less that must agree. That a dataset's
+        validation text is no longer the one that the run had is said, unless that is all there is in it.
 
         Raises:
             ValueError: something differs (and what), unless `changed_data` is "accept".
@@ -554,6 +557,9 @@ class TokenDataModule(pl.LightningDataModule):
         changed = [f"{k}: checkpoint {saved.get(k)}, now {current[k]}" for k in compared if saved.get(k) != current[k]]
         if training and saved.get("batch_schedule"):  # which an earlier version had
             changed.append(f"batch_schedule: checkpoint {saved['batch_schedule']}, now there is none")
+        before = saved.get("valid_text_sha256", current["valid_text_sha256"])
+        if not training and "train" in self.meta["splits"] and before != current["valid_text_sha256"]:
+            print(f"note: the validation text of {self.directory} is not the one that this run had", file=sys.stderr)
         if not changed or self.changed_data == "accept":
             return
         advice = "--data.changed_data accept to go on"

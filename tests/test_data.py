@@ -548,6 +548,28 @@ def test_a_checkpoint_of_other_data_is_refused_with_the_difference(dataset: Path
     after.load_state_dict(saved)
 
 
+def test_another_validation_text_is_said_in_validating_and_refused_in_training(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = TokenDataModule(directory=str(dataset), context_length=16)
+    data.setup("fit")
+    saved = data.state_dict()
+    data.meta["splits"]["valid"]["text_sha256"] = "sha of another"
+    data.load_state_dict(saved)
+    assert capsys.readouterr().err == f"note: the validation text of {dataset} is not the one that this run had\n"
+    data.load_state_dict({"tokenizer_sha256": saved["tokenizer_sha256"]})
+    del data.meta["splits"]["train"]  # made of a text to validate on, whatever that is
+    data.load_state_dict(saved)
+    assert capsys.readouterr().err == ""
+    data.setup("fit")
+    data.meta["splits"]["valid"]["text_sha256"] = "sha of another"
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        training=True, global_rank=0, world_size=1, accumulate_grad_batches=1
+    )
+    with pytest.raises(ValueError, match="valid_text_sha256: checkpoint sha of valid, now sha of another"):
+        data.load_state_dict(saved)
+
+
 def test_a_checkpoint_whose_batch_grew_is_refused_and_one_that_knows_its_tokenizer_alone_is_not(dataset: Path) -> None:
     data = TokenDataModule(directory=str(dataset), context_length=16)
     data.setup("fit")
