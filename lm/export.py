@@ -408,6 +408,8 @@ def training_settings(run: Path) -> dict[str, Any]:
     if text := config.get("data", {}).get("train_text"):
         name = Path(text).name  # its folder is nobody's business
         found["data"] |= {"corpus": "own texts" if name in ("", "..") else name}
+    if beginning := config.get("model", {}).get("init_from"):
+        found["model"]["init_from"] = "/".join(Path(beginning).parts[-4:])
     return found
 
 

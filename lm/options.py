@@ -87,7 +87,7 @@ def explain(message: str, keys: list[str]) -> str:
     if choices:
         return f"{bad[1]}: {one_of(given[1], choices)}"
     types = list(dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message)))
-    if types in (["tuple"], ["list"]):
+    if types and types[0] in ("tuple", "list") and types[1:] in ([], ["NoneType"]):
         return f"{bad[1]}: {given[1]!r} must be a list, with brackets: '[{given[1]}]'"
     return f"{bad[1]}: {given[1]!r} must be {' or '.join(types).replace('NoneType', 'null')}"
 

@@ -379,7 +379,8 @@ def sweep(
             print("python", shlex.join(run.arguments(logs)))
         return
     print(f"{file}: {len(runs)} runs, {len(runs) - len(waiting)} of them done before")
-    if waiting and {run for those in refused.values() for run in those} == {*waiting}:
+    hopeless = [run for those in refused.values() for run in those]
+    if waiting and all(run in hopeless for run in waiting):
         raise ValueError(f"{file}: no run can be made; mend what the warnings say")
     slots: SimpleQueue[str | None] = SimpleQueue()
     for device in [name.strip() for name in devices.split(",")] if devices else [None] * jobs:

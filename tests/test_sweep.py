@@ -181,6 +181,14 @@ def test_what_will_be_refused_is_said_before_the_first_run(
     assert not (tmp_path / "logs/mine").exists()
 
 
+def test_a_setting_may_be_a_list(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lm.sweep.subprocess", finish(tmp_path / "logs", "finished"))
+    runs = [{"name": "chat", "settings": {"data.special_tokens": ["<|user|>"]}}]
+    write(grid, {"study": "learning_rate", "configs": ["base.yaml"], "runs": runs})
+    sweep(str(grid), logs=str(tmp_path / "logs"))
+    assert PlannedRun("learning_rate", "chat-seed_0", (), ()).status(str(tmp_path / "logs")) == "finished"
+
+
 def finish(logs: Path, status: str) -> SimpleNamespace:
     """A stand-in for the training process: writes the summary that a run of that name would leave."""
 
