@@ -13,9 +13,11 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -41,7 +43,7 @@ from lm.checkpoint import (
 )
 from lm.control import RunConfig, RunControl, Signals, Stopped, requeue_job
 from lm.data import TokenDataModule
-from lm.defaults import default_configs, default_run_name, settle
+from lm.defaults import default_configs, find_beginning, setting, settle
 from lm.device import device_name
 from lm.module import LanguageModel
 from lm.options import discard, fail, is_first_rank, say
@@ -191,30 +193,30 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work, all of it at once, before any data is touched."""
-        config = self.config[self.subcommand]
-        problems = settle(config, sys.argv[1:], str(self.subcommand)) + find_problems(config, str(self.subcommand))
-        if problems:
+        config, subcommand = self.config[self.subcommand], str(self.subcommand)
+        if problems := settle(config, sys.argv[1:], subcommand) or find_problems(config, subcommand):
             fail(problems)
-        if self.subcommand == "validate" and config.data.valid_text and config.data.train_text is None:
+        if subcommand == "validate" and config.data.valid_text and config.data.train_text is None:
             tokenizer = run_of(config.ckpt_path) / "tokenizer"
             config.data.directory = str(prepare_validation(config.data.valid_text, tokenizer, config.data.data_dir))
             config.data.valid_text = None
         super()._set_seed()
         torch.set_float32_matmul_precision(config.matmul_precision)
-        if config.run.name is None:
-            config.run.name = default_run_name(config.data)
         self.lock: IO[str] | None = None
-        if self.subcommand == "fit" and config.resume != "never" and config.ckpt_path is None:
+        if subcommand == "fit" and config.resume != "never" and config.ckpt_path is None:
             self._resume(config)
-        begins = self.subcommand == "fit" and config.model.init_from and config.ckpt_path is None
+        begins = subcommand == "fit" and config.model.init_from and config.ckpt_path is None
         if begins and (problems := beginning_problems(config)):
             fail(problems)
 
     def _resume(self, config: Namespace) -> None:
-        """Find the newest good checkpoint of the newest run of this name that has one."""
+        """Find the newest good checkpoint of the newest run of this name that has one and began like this one."""
         place = Path(config.run.logs) / config.run.name
         first = is_first_rank()
         for version in reversed(by_version(path.parent for path in place.glob("version_*/checkpoints"))):
+            beginning = setting(version, "model.init_from")
+            if bool(beginning) != bool(config.model.init_from):
+                continue
             lock = lock_run(version) if first else None
             try:
                 config.ckpt_path = str(newest_checkpoint(version, set_aside=first, unrecorded=True))
@@ -222,7 +224,7 @@ class CLI(LightningCLI):
                 if lock is not None:
                     lock.close()
                 continue
-            self.resumed, self.lock = version, lock
+            self.resumed, self.lock, config.model.init_from = version, lock, beginning
             if first:
                 say(f"resuming {config.ckpt_path}")
             return
@@ -262,6 +264,11 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         """Data that cannot be trained on leave no run behind."""
         self.datamodule.check("fit")
+        self.model.goes_on_from = self.config.fit.ckpt_path
+
+    def before_validate(self) -> None:
+        """What Lightning tells a module too late."""
+        self.model.goes_on_from = self.config.validate.ckpt_path
 
     def fit(self, **kwargs: Any) -> None:
         """Train; then make up for a last validation that a signal had cut off."""
@@ -335,17 +342,31 @@ class ParseOnly(CLI):
 
 def what_is_refused(commands: list[list[str]]) -> list[list[str]]:
     """What is wrong with each of these command lines of `fit`, as far as it can be known before any data is touched."""
-    with warnings.catch_warnings(action="ignore"):  # Lightning's, that the process has a command line of its own
-        parser = ParseOnly(time.monotonic(), Signals(), default_configs(["fit"]), ["fit"]).parser
-    found = []
-    for command in commands:
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(said):
-                found.append(find_problems(parser.parse_args(command).fit, "fit"))
-        except SystemExit:
-            found.append([line.removeprefix("error: ") for line in said.getvalue().splitlines()])
-    return found
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(action="ignore"):
+        # The warning is Lightning's, that the process has a command line of its own.
+        parsers: dict[Path | None, Any] = {}
+
+        def parse(command: list[str]) -> Namespace:
+            beginning = find_beginning(command)
+            if beginning not in parsers:
+                defaults = default_configs(command, Path(scratch))
+                parsers[beginning] = ParseOnly(time.monotonic(), Signals(), defaults, ["fit"]).parser
+            return parsers[beginning].parse_args(command).fit
+
+        return [refused(command, parse) for command in commands]
+
+
+def refused(command: list[str], parse: Callable[[list[str]], Namespace]) -> list[str]:
+    """What is wrong with a command line of `fit`."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = parse(command)
+            return settle(config, command, "fit") or find_problems(config, "fit")
+    except SystemExit:
+        return [line.removeprefix("error: ") for line in said.getvalue().splitlines()]
+    except (OSError, ValueError) as error:
+        return [in_one_line(error)]
 
 
 def as_list(given: Any) -> list[Any]:
@@ -408,9 +429,9 @@ def main(argv: list[str], started: float) -> int:
     os.environ[PARENT] = str(os.getpid())
     try:
         signals.install()
-        defaults = default_configs(argv)
-        sys.argv[1:] = argv
-        with watched_ranks():
+        with tempfile.TemporaryDirectory() as scratch, watched_ranks():
+            defaults = default_configs(argv, Path(scratch))
+            sys.argv[1:] = argv
             CLI(started, signals, defaults)
     except Stopped as stop:
         if child and signals.joined and stop.status != "failed":

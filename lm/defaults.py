@@ -1,29 +1,48 @@
 """What a command leaves unsaid: the configuration below all that is typed, and whose data and name it means."""
 
+import contextlib
 import itertools
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 
 from lm import default_config
 from lm.accounting import read_settings
-from lm.checkpoint import best_checkpoint, checkpoint_file, find_run, newest_config, run_of
+from lm.checkpoint import best_checkpoint, checkpoint_file, find_run, newest_config, peek, run_of
 from lm.options import fail
 from lm.parser import DESCRIPTIONS
 from lm.problems import checkpoint_problems
+from lm.report import flatten
 from lm.texts import dataset_name
 
 TEXTS = ("corpus", "train_text", "valid_text")
 
 
-def default_configs(argv: list[str]) -> dict[str, list[str]]:
+# What belongs to a run alone, and not to one that begins with its weights.
+ALONE = {
+    "run": ("name", "bundle"),
+    "data": ("corpus", "train_text", "valid_text", "directory", "vocab_size", "special_tokens"),
+    "model": ("init_from",),
+}
+
+
+def default_configs(argv: list[str], scratch: Path) -> dict[str, list[str]]:
     """The configuration below everything typed: the built-in corpus' for a fit, the run's own for what comes from one.
 
     Adds `--ckpt_path` to a `validate` without one, or with a run's folder: the best checkpoint of the newest run, or of
     that one.
 
+    Args:
+        argv: the command line.
+        scratch: a folder for what has to be written for that.
+
     Raises:
         FileNotFoundError: nothing says what a checkpoint is to be validated with.
+        CheckpointError: a run is to begin with the weights of no checkpoint.
     """
     subcommand, logs = argv[0] if argv else "", option(argv, "--run.logs") or "logs"
     checkpoint = option(argv, "--ckpt_path")
@@ -31,9 +50,8 @@ def default_configs(argv: list[str]) -> dict[str, list[str]]:
     if subcommand == "validate" and (run or checkpoint is None) and not {"-h", "--help"} & set(argv):
         checkpoint = str(best_checkpoint(run or find_run(logs)))
         argv += ["--ckpt_path", checkpoint]  # the last one counts
-    elif subcommand == "fit" and checkpoint is None and (beginning := option(argv, "--model.init_from")):
-        inherited = newest_config(run_of(checkpoint_file(beginning)))
-        return {subcommand: [str(inherited if inherited.is_file() else default_config())]}
+    if subcommand == "fit" and checkpoint is None and (beginning := find_beginning(argv)):
+        return {subcommand: [str(inherit(beginning, scratch))]}
     own = newest_config(run_of(checkpoint)) if checkpoint else default_config()
     configured = own.is_file() or option(argv, "--config") or option(argv, "-c")
     if subcommand == "validate" and checkpoint and Path(checkpoint).is_file() and not configured:
@@ -41,6 +59,45 @@ def default_configs(argv: list[str]) -> dict[str, list[str]]:
             fail(problems)
         raise FileNotFoundError(f"no config.yaml beside {checkpoint}: say with --config what to validate it with")
     return {subcommand: [str(own)]} if own.is_file() and subcommand in DESCRIPTIONS else {}
+
+
+def find_beginning(argv: list[str]) -> Path | None:
+    """The checkpoint whose weights a new run is to begin with, if the command line or a `--config` names one there."""
+    said: list[Any] = []
+    for file in [*options(argv, "--config"), *options(argv, "-c")]:
+        with contextlib.suppress(OSError, ValueError):  # which the parser will say
+            said.append(flatten(read_settings(Path(file))).get("model.init_from"))
+    said = [value for value in said if value is not None] + options(argv, "--model.init_from")
+    if not said or said[-1] in ("", "null") or not Path(said[-1]).exists():
+        return None
+    checkpoint = checkpoint_file(said[-1])
+    return None if checkpoint_problems(checkpoint) else checkpoint
+
+
+def inherit(checkpoint: Path, scratch: Path) -> Path:
+    """A configuration like that of a checkpoint's run, for one that begins with its weights: other data, same tokens.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    run = run_of(checkpoint)
+    config = newest_config(run)
+    settings = read_settings(config if config.is_file() else default_config())
+    for section, names in ALONE.items():
+        settings[section] = {name: value for name, value in settings.get(section, {}).items() if name not in names}
+    network = asdict(peek(checkpoint)[0])
+    del network["vocab_size"]
+    settings["data"] |= {"context_length": network.pop("context_length"), "tokenizer": str(run / "tokenizer")}
+    settings["model"]["transformer"] = network
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=scratch, suffix=".yaml", delete=False) as file:
+        yaml.safe_dump(settings, file)
+    return Path(file.name)
+
+
+def setting(run: Path, name: str) -> Any:
+    """One of a run's settings, None where it has no configuration."""
+    config = newest_config(run)
+    return flatten(read_settings(config)).get(name) if config.is_file() else None
 
 
 def settle(config: Namespace, argv: list[str], subcommand: str) -> list[str]:
@@ -51,12 +108,39 @@ def settle(config: Namespace, argv: list[str], subcommand: str) -> list[str]:
         argv: the command line.
         subcommand: fit or validate.
     """
-    typed = {name for name in ("directory", *TEXTS) if option(argv, f"--data.{name}") is not None}
-    begins = subcommand == "fit" and option(argv, "--model.init_from") is not None
-    if begins:
-        typed |= named_data(argv)
+    names = ("directory", *TEXTS, "tokenizer", "special_tokens")
+    typed = {name for name in names if option(argv, f"--data.{name}") is not None}
     problems = choose_data(config.data, typed, subcommand)
-    return problems + (begin_anew(config, argv, typed) if begins else [])
+    if subcommand == "fit" and option(argv, "--ckpt_path") and option(argv, "--model.init_from"):
+        problems.append("ckpt_path and model.init_from: a run goes on from one or begins with another; leave one out")
+    elif subcommand == "fit" and config.model.init_from and config.ckpt_path is None:
+        problems += settle_beginning(config, typed)
+    if config.run.name is None:
+        config.run.name = default_run_name(config.data)
+    return problems
+
+
+def settle_beginning(config: Namespace, typed: set[str]) -> list[str]:
+    """Of a run that begins with the weights of another: its checkpoint and, where none are named, its data.
+
+    A configuration file that names the built-in corpus counts as naming none. The checkpoint may be gone, where a run
+    that once began with it goes on.
+    """
+    data, beginning = config.data, Path(config.model.init_from)
+    if not beginning.exists():
+        return [] if config.resume != "never" else checkpoint_problems(beginning, "model.init_from")
+    checkpoint = checkpoint_file(beginning)
+    if problems := checkpoint_problems(checkpoint, "model.init_from"):
+        return problems
+    config.model.init_from = str(checkpoint)
+    if data.directory is None and data.tokenizer is None:
+        data.tokenizer, data.vocab_size = str(run_of(checkpoint) / "tokenizer"), None
+    named = data.directory or data.train_text or data.valid_text or data.corpus != "builtin" or "corpus" in typed
+    if not named:
+        data.directory = setting(run_of(checkpoint), "data.directory")
+        if data.directory is None:
+            return ["model.init_from: say what to train on, for example --data.train_text my.txt"]
+    return []
 
 
 def choose_data(data: Namespace, typed: set[str], subcommand: str) -> list[str]:
@@ -68,49 +152,21 @@ def choose_data(data: Namespace, typed: set[str], subcommand: str) -> list[str]:
         subcommand: fit or validate, which needs no more than `valid_text`.
     """
     texts = sorted(typed & set(TEXTS))
+    if "directory" in typed and texts:
+        return [f"data.directory and data.{texts[0]}: one dataset is enough; leave one of them out"]
+    if "directory" in typed and len(typed) > 1:
+        other = min(typed - {"directory"})
+        return [f"data.directory and data.{other}: a prepared dataset has its own; leave one of them out"]
     if not texts:
         return []
-    if "directory" in typed:
-        return [f"data.directory and data.{texts[0]}: one dataset is enough; leave one of them out"]
     if subcommand == "validate" and texts == ["valid_text"]:
-        data.directory = data.train_text = None
+        data.directory = data.train_text = data.tokenizer = None
     elif subcommand == "validate" and data.directory is not None:
         return [f"data.{texts[0]}: to validate on another text use --data.valid_text, encoded with the run's tokenizer"]
     elif data.directory is not None:
         data.directory = None
         for name in {"train_text", "valid_text"} - typed:
             data[name] = None
-    return []
-
-
-def named_data(argv: list[str]) -> set[str]:
-    """Which of the texts, or else the dataset's directory, the `--config` files on a command line name."""
-    files = [value for name in ("--config", "-c") for value in options(argv, name)]
-    data = {name for file in files for name in read_settings(Path(file)).get("data", {})}
-    return {"directory"} if "directory" in data else data & set(TEXTS)
-
-
-def begin_anew(config: Namespace, argv: list[str], typed: set[str]) -> list[str]:
-    """Of a run whose weights a new one begins with, take the tokenizer, leave the name behind; what is wrong.
-
-    Args:
-        config: changed in place; its other settings are that run's, where nothing else has been said.
-        argv: the command line.
-        typed: what of the data it names.
-    """
-    data, checkpoint = config.data, checkpoint_file(config.model.init_from)
-    if problems := checkpoint_problems(checkpoint, "model.init_from"):
-        return problems
-    config.model.init_from = str(checkpoint)
-    if option(argv, "--run.name") is None:
-        config.run.name = None
-    if data.directory is None and data.train_text is None and not typed:
-        return ["model.init_from: say what to train on, for example --data.train_text my.txt"]
-    if data.directory is None and option(argv, "--data.tokenizer") is None:
-        data.tokenizer = str(run_of(checkpoint) / "tokenizer")
-        for name in ("vocab_size", "special_tokens"):
-            if option(argv, f"--data.{name}") is None:
-                data[name] = None
     return []
 
 

@@ -223,6 +223,7 @@ class LanguageModel(LightningModule):
         step_loss: mean loss of the micro-batches of the running update, nats per token, on this rank.
         grad_norm: norm of all gradients before clipping at the last update.
         nonfinite: True on the device once a loss or gradient norm was NaN or infinite.
+        goes_on_from: the checkpoint that the trainer is going to load, which it tells only after `configure_model`.
         clock_progress: share of the time for training that has gone by, kept by `RunControl`; None without a cap.
     """
 
@@ -257,6 +258,7 @@ class LanguageModel(LightningModule):
         self.schedule = schedule
         self.compile_loss = compile
         self.init_from = init_from
+        self.goes_on_from: str | None = None
         self.loss: Callable[..., Tensor] = self.compute_loss
         self.clock_progress: float | None = None
         self.validation_result: dict[str, float] = {}
@@ -277,8 +279,8 @@ class LanguageModel(LightningModule):
         meta = self._data_meta()
         if meta:
             vocab_size = meta["vocab_size"]
-            if source := self.trainer.ckpt_path or self.init_from:
-                with contextlib.suppress(CheckpointError):  # which is said when it is loaded
+            if source := self.goes_on_from or self.init_from:
+                with contextlib.suppress(OSError, CheckpointError):  # which is said when it is loaded
                     vocab_size = max(vocab_size, peek(source)[0].vocab_size)
             self.transformer = replace(self.transformer, vocab_size=vocab_size)
 
@@ -293,7 +295,7 @@ class LanguageModel(LightningModule):
         if not hasattr(self, "model"):  # that of a checkpoint
             reset_seed()  # whatever preparing the data has drawn from the generators
             self.model = TransformerLM(self.transformer)
-            if self.init_from and self.trainer.training and not self.trainer.ckpt_path:
+            if self.init_from and self.goes_on_from is None:
                 self._begin_with(self.init_from)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"])
@@ -306,7 +308,10 @@ class LanguageModel(LightningModule):
         self._reset_step()
 
     def _begin_with(self, path: str) -> None:
-        source, _ = load_model(path, self.model.token_embeddings.weight.device)
+        source, info = load_model(path, self.model.token_embeddings.weight.device)
+        trained, here = info["data"].get("tokenizer_sha256"), self._data_meta().get("tokenizer_sha256")
+        if trained and here and trained != here:
+            raise ValueError(f"init_from={path} has another tokenizer than the data: its ids mean other tokens")
         changed = differences(asdict(source.config), asdict(self.transformer), {*SAME_WEIGHTS, "context_length"})
         if changed:
             raise ValueError(f"init_from={path} is of another model: {'; '.join(changed)}")

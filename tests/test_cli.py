@@ -173,6 +173,7 @@ def test_a_tool_starts_without_lightning(tool: str, option: str) -> None:
         (["fit", "--trainer.max_step=5"], "--trainer.max_step is no option: did you mean --trainer.max_steps?"),
         (["fit", "--model.optimizer.betas=0.9,0.95"], "betas: '0.9,0.95' must be a list, with brackets: '[0.9,0.95]'"),
         (["fit", "--trainer.val_check_interval=3"], "follows from --run.validate_every_n_steps: set that instead"),
+        (["fit", "--data.special_tokens=<x>"], "data.special_tokens: '<x>' must be a list, with brackets: '[<x>]'"),
         (["fit", "--seed_everything=true"], "seed_everything: 'True' must be int"),
         (["fit", "--seed_everything=-1"], "seed_everything=-1 must be from 0 to 4294967295"),
         (["fit", "--data.batch_size=0"], "data.batch_size=0 must be at least 1"),
@@ -513,6 +514,8 @@ def test_what_is_typed_about_the_data_wins_over_a_runs_configuration(
     assert "\ndata  data/new: " in capfd.readouterr().out
     assert lm(*again, f"--data.train_text={text}", f"--data.directory={dataset}") == 2
     assert "one dataset is enough" in capfd.readouterr().err
+    assert fit("--data.tokenizer=mine") == 2
+    assert "data.directory and data.tokenizer: a prepared dataset has its own" in capfd.readouterr().err
     assert lm("validate", f"--data.train_text={text}") == 2
     assert "to validate on another text use --data.valid_text" in capfd.readouterr().err
 

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from toy import SETTINGS, make_dataset, rows
 
 from lm import __main__
 from lm.checkpoint import AtomicCheckpointIO, best_checkpoint, load_model, newest_checkpoint, read_checkpoint
-from lm.data import read_meta
+from lm.cli import what_is_refused
+from lm.data import TokenDataModule, read_meta
+from lm.module import LanguageModel
 from tokenizer import Tokenizer
 
 Run = Callable[..., int]
@@ -119,9 +121,13 @@ def test_without_other_data_it_trains_on_those_of_the_other(lm: Run, trained: Pa
 
 
 def test_a_configuration_file_may_name_its_data_and_its_context(lm: Run) -> None:
-    Path("mine.yaml").write_text("data: {train_text: my.txt, context_length: 8, vocab_size: 300}\nrun: {name: mine}")
-    assert lm("fit", f"--model.init_from={BASE}", "--config=mine.yaml", "--run.name=named", *SHORT, *STILL) == 0
-    begun = load_model(Path("logs/named/version_0"))[0]
+    Path("mine.yaml").write_text(f"""
+        data: {{train_text: my.txt, context_length: 8}}
+        run: {{name: mine}}
+        model: {{init_from: {BASE}}}
+        """)
+    assert lm("fit", "--config=mine.yaml", *SHORT, *STILL) == 0
+    begun = load_model(Path("logs/mine/version_0"))[0]
     assert begun.config.context_length == 8
     assert torch.equal(begun.token_embeddings.weight, load_model(BASE)[0].token_embeddings.weight)
 
@@ -141,6 +147,39 @@ class StopAfterFour(Callback):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == 4:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_was_printed_as_its_configuration_makes_it_again(lm: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    assert begin(lm, "--print_config") == 0
+    Path("printed.yaml").write_text(capfd.readouterr().out)
+    assert begin(lm) == lm("fit", "--config=printed.yaml") == 0
+    for config in ("logs/my/version_1/config.yaml", "logs/my/version_0/config.yaml"):
+        assert lm("fit", f"--config={config}", "--run.name=again") == 0
+    for version in ("my/version_1", "again/version_0", "again/version_1"):
+        assert rows(Path("logs", version)) == rows(Path("logs/my/version_0"))
+
+
+def test_it_goes_on_with_no_run_but_its_own(lm: Run) -> None:
+    before = sorted(BASE.rglob("*"))
+    assert lm("fit", f"--model.init_from={BASE}", *SHORT, "--resume=auto") == 0
+    assert sorted(BASE.rglob("*")) == before, "the run whose weights it began with"
+    assert rows(Path("logs/toy/version_1"))[-1]["step"] == 3
+    assert lm("fit", "--data.directory=data/toy", *SETTINGS, "--model.transformer.norm=post", "--resume=must") == 0
+    assert rows(Path("logs/toy/version_1"))[-1]["step"] == 3, "nor does another go on with it"
+
+
+def test_it_is_validated_and_goes_on_when_the_other_is_gone(lm: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    assert begin(lm) == 0
+    shutil.rmtree(BASE)
+    for text in ([], ["--data.valid_text=my.txt"]):
+        assert lm("validate", "--ckpt_path=logs/my/version_0", *text) == 0
+    config = "--config=logs/my/version_0/config.yaml"
+    assert lm("fit", config, "--run.name=my", "--resume=must", "--trainer.max_steps=5") == 0
+    assert rows(Path("logs/my/version_0"))[-1]["step"] == 5
+    capfd.readouterr()
+    assert lm("fit", config) == 2
+    assert "model.init_from: there is no file" in capfd.readouterr().err
 
 
 def test_it_goes_on_as_if_it_had_not_stopped(lm: Run) -> None:
@@ -164,6 +203,7 @@ def test_a_padded_vocabulary_stays_as_it_is(lm: Run) -> None:
     assert begin(lm, f"--model.init_from={path}") == 0
     assert weights(Path("logs/my/version_0"))["token_embeddings.weight"].shape == (264, 16)
     assert lm("validate", "--ckpt_path=logs/my/version_0", "--model.init_from=null") == 0
+    assert lm("validate", f"--ckpt_path={path}", "--data.valid_text=my.txt") == 0
     assert begin(lm, f"--model.init_from={path}", "--run.name=my", "--resume=must", "--trainer.max_steps=5") == 0
     assert rows(Path("logs/my/version_0"))[-1]["step"] == 5
 
@@ -181,6 +221,7 @@ def test_a_padded_vocabulary_stays_as_it_is(lm: Run) -> None:
         (["--data.tokenizer=other"], "was trained with another tokenizer than other: its ids mean other tokens"),
         (["--data.tokenizer=nowhere"], "data.tokenizer: there is no folder nowhere"),
         (["--data.vocab_size=300"], "vocab_size=300, but the tokenizer"),
+        ([f"--ckpt_path={BASE}/checkpoints/step-000008.ckpt"], "ckpt_path and model.init_from: a run goes on from one"),
     ],
 )
 def test_what_cannot_be_begun_with_is_one_line_and_leaves_nothing(
@@ -199,13 +240,45 @@ def test_what_cannot_be_begun_with_is_one_line_and_leaves_nothing(
 def test_a_dataset_of_another_tokenizer_is_refused(lm: Run, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("data/toy", "data/other", ignore=shutil.ignore_patterns("tokenizer"))
     Tokenizer({i: bytes([i]) for i in range(256)}, [], []).save("data/other/tokenizer")
-    arguments = ["--data.directory=data/other", f"--data.tokenizer={BASE}"]
+    arguments = ["--data.directory=data/other", *SHORT]
     capfd.readouterr()
-    assert lm("fit", f"--model.init_from={BASE}", *arguments, *SHORT) == 2
+    assert lm("fit", f"--model.init_from={BASE}", *arguments) == 2
     assert "was trained with another tokenizer than data/other/tokenizer: its" in capfd.readouterr().err
     Path("data/other/tokenizer/vocab.json").write_text("{")
-    assert lm("fit", f"--model.init_from={BASE}", *arguments, *SHORT) == 2
+    assert lm("fit", f"--model.init_from={BASE}", *arguments) == 2
     assert capfd.readouterr().err.startswith("error: model.init_from: ")
+
+
+def test_without_init_from_a_configuration_that_had_one_begins_with_nothing(lm: Run) -> None:
+    assert begin(lm) == 0
+    again = ("--config=logs/my/version_0/config.yaml", "--model.init_from=null", "--run.name=fresh", *STILL)
+    assert lm("fit", *again) == 0
+    base, fresh = (weights(run)["token_embeddings.weight"] for run in (BASE, Path("logs/fresh/version_0")))
+    assert not torch.equal(base, fresh)
+
+
+def test_from_python_the_tokenizers_are_compared_and_validation_has_the_weights_too(lm: Run) -> None:
+    network = load_model(BASE)[0].config
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", use_distributed_sampler=False, max_steps=1, **quiet)
+    data = TokenDataModule(directory="data/toy", context_length=16)
+    module = LanguageModel(network, init_from=str(BASE))
+    trainer.validate(module, data, verbose=False)
+    best = json.loads(best_checkpoint(BASE).with_suffix(".json").read_text())["metrics"]["val/loss"]
+    assert module.validation_result["val/loss"] == pytest.approx(best, abs=1e-6)
+    with pytest.raises(ValueError, match="has another tokenizer than the data: its ids mean other tokens"):
+        other = TokenDataModule(train_text="my.txt", vocab_size=270, context_length=16)
+        trainer.fit(LanguageModel(network, init_from=str(BASE)), other)
+
+
+def test_a_sweep_knows_what_fit_would_refuse(lm: Run) -> None:
+    good = ["fit", f"--model.init_from={BASE}", "--data.train_text=my.txt", "--trainer.max_steps=5"]
+    found = what_is_refused([good, [*good, "--trainer.max_steps=2"], ["fit", "--trainer.max_steps=5"]])
+    assert [[line.split()[0] for line in lines] for lines in found] == [
+        [],
+        ["model.schedule.warmup_steps=2"],
+        ["model.schedule.warmup_steps=50"],
+    ]
 
 
 def test_a_model_without_a_run_is_asked_what_to_train_on(lm: Run, capfd: pytest.CaptureFixture[str]) -> None:
