@@ -493,7 +493,7 @@ def header(trainer: Trainer, module: LanguageModel, control: RunControl) -> str:
         "train": f"{length}; {tokens_per_step:,} tokens per step; {trainer.world_size} x {device}, {trainer.precision}",
         "cost": cost,
     }
-    if module.init_from and module.goes_on_from is None:
+    if module.init_from and trainer.ckpt_path is None:
         lines["model"] += f"; its weights are those of {module.init_from}"
     return "\n".join(f"{name:<6}{line}" for name, line in lines.items())
 

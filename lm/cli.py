@@ -264,11 +264,6 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         """Data that cannot be trained on leave no run behind."""
         self.datamodule.check("fit")
-        self.model.goes_on_from = self.config.fit.ckpt_path
-
-    def before_validate(self) -> None:
-        """What Lightning tells a module too late."""
-        self.model.goes_on_from = self.config.validate.ckpt_path
 
     def fit(self, **kwargs: Any) -> None:
         """Train; then make up for a last validation that a signal had cut off."""

@@ -140,6 +140,8 @@ def settle_beginning(config: Namespace, typed: set[str]) -> list[str]:
         data.directory = setting(run_of(checkpoint), "data.directory")
         if data.directory is None:
             return ["model.init_from: say what to train on, for example --data.train_text my.txt"]
+    if data.directory is not None:
+        data.tokenizer = None  # the dataset's own is compared with the checkpoint's
     return []
 
 

@@ -223,7 +223,6 @@ class LanguageModel(LightningModule):
         step_loss: mean loss of the micro-batches of the running update, nats per token, on this rank.
         grad_norm: norm of all gradients before clipping at the last update.
         nonfinite: True on the device once a loss or gradient norm was NaN or infinite.
-        goes_on_from: the checkpoint that the trainer is going to load, which it tells only after `configure_model`.
         clock_progress: share of the time for training that has gone by, kept by `RunControl`; None without a cap.
     """
 
@@ -258,7 +257,6 @@ class LanguageModel(LightningModule):
         self.schedule = schedule
         self.compile_loss = compile
         self.init_from = init_from
-        self.goes_on_from: str | None = None
         self.loss: Callable[..., Tensor] = self.compute_loss
         self.clock_progress: float | None = None
         self.validation_result: dict[str, float] = {}
@@ -279,7 +277,7 @@ class LanguageModel(LightningModule):
         meta = self._data_meta()
         if meta:
             vocab_size = meta["vocab_size"]
-            if source := self.goes_on_from or self.init_from:
+            if source := self.trainer.ckpt_path or self.init_from:
                 with contextlib.suppress(OSError, CheckpointError):  # which is said when it is loaded
                     vocab_size = max(vocab_size, peek(source)[0].vocab_size)
             self.transformer = replace(self.transformer, vocab_size=vocab_size)
@@ -295,7 +293,7 @@ class LanguageModel(LightningModule):
         if not hasattr(self, "model"):  # that of a checkpoint
             reset_seed()  # whatever preparing the data has drawn from the generators
             self.model = TransformerLM(self.transformer)
-            if self.init_from and self.goes_on_from is None:
+            if self.init_from and self.trainer.ckpt_path is None:
                 self._begin_with(self.init_from)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"])

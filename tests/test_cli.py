@@ -25,7 +25,7 @@ from toy import SETTINGS, command, make_dataset
 
 from lm import __main__
 from lm.checkpoint import best_checkpoint
-from lm.defaults import choose_data, default_run_name, named_data, option, options
+from lm.defaults import choose_data, default_run_name, option, options
 from lm.options import explain, is_first_rank
 from lm.parser import TRAINER_OPTIONS
 from lm.problems import device_problems, process_problems
@@ -534,16 +534,6 @@ def test_what_is_typed_takes_the_place_of_both_texts_of_a_configuration(
     data = Namespace(directory="data/x", train_text="a.txt", valid_text="b.txt")
     assert choose_data(data, typed, "fit") == []
     assert (data.directory, data.train_text, data.valid_text) == (None, *left)
-
-
-def test_a_configuration_names_its_texts_or_its_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").write_text("data: {train_text: my.txt, batch_size: 3}")
-    Path("run.yaml").write_text("data: {directory: data/my, train_text: my.txt}")
-    for argv in (["-c", "mine.yaml"], ["--config=mine.yaml"]):
-        assert named_data(["fit", *argv]) == {"train_text"}
-    assert named_data(["fit", "--config=mine.yaml", "-c=run.yaml"]) == {"directory"}
-    assert named_data(["fit"]) == set()
 
 
 def test_of_an_option_given_several_times_the_last_counts_and_no_longer_name_is_taken_for_it() -> None:

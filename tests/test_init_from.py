@@ -19,6 +19,7 @@ from lm import __main__
 from lm.checkpoint import AtomicCheckpointIO, best_checkpoint, load_model, newest_checkpoint, read_checkpoint
 from lm.cli import what_is_refused
 from lm.data import TokenDataModule, read_meta
+from lm.defaults import find_beginning
 from lm.module import LanguageModel
 from tokenizer import Tokenizer
 
@@ -147,6 +148,18 @@ class StopAfterFour(Callback):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == 4:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_last_that_names_a_checkpoint_counts_and_the_command_line_most(lm: Run) -> None:
+    path = BASE / "checkpoints/step-000004.ckpt"
+    Path("base.yaml").write_text(f"model: {{init_from: {BASE}}}")
+    Path("path.yaml").write_text(f"model: {{init_from: {path}}}")
+    Path("none.yaml").write_text("model: {compile: false}")
+    assert find_beginning(["fit", "-c", "path.yaml", "--config=none.yaml"]) == path
+    assert find_beginning(["fit", "--config=path.yaml", "--config", "base.yaml"]) == best_checkpoint(BASE) != path
+    assert find_beginning(["fit", f"--model.init_from={path}", "--config=base.yaml"]) == path
+    for nothing in ([], ["--config=none.yaml"], ["--config=path.yaml", "--model.init_from=null"], ["--config=absent"]):
+        assert find_beginning(["fit", *nothing]) is None
 
 
 def test_what_was_printed_as_its_configuration_makes_it_again(lm: Run, capfd: pytest.CaptureFixture[str]) -> None:

@@ -438,7 +438,7 @@ def test_the_first_weights_depend_on_the_seed_alone_and_a_second_stage_makes_not
 def test_weights_of_another_model_are_not_begun_with(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TransformerConfig(257, 16, 1, 2, 8, 16)
     other = TransformerLM(dataclasses.replace(config, norm="post"))
-    monkeypatch.setattr("lm.module.load_model", lambda path, device: (other, {}))
+    monkeypatch.setattr("lm.module.load_model", lambda path, device: (other, {"data": {}}))
     module = LanguageModel(config, init_from="some.ckpt")
     module._trainer = MagicMock(Trainer, ckpt_path=None, training=True)
     with pytest.raises(ValueError, match=r"init_from=some\.ckpt is of another model: norm: checkpoint post, now pre"):
