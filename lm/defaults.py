@@ -87,11 +87,19 @@ def inherit(checkpoint: Path, scratch: Path) -> Path:
         settings[section] = {name: value for name, value in settings.get(section, {}).items() if name not in names}
     network = asdict(peek(checkpoint)[0])
     del network["vocab_size"]
-    settings["data"] |= {"context_length": network.pop("context_length"), "tokenizer": str(run / "tokenizer")}
+    settings["data"] |= {
+        "context_length": network.pop("context_length"),
+        "tokenizer": str(from_here(run / "tokenizer")),
+    }
     settings["model"]["transformer"] = network
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=scratch, suffix=".yaml", delete=False) as file:
         yaml.safe_dump(settings, file)
     return Path(file.name)
+
+
+def from_here(path: Path) -> Path:
+    """A path as short as it can be written down, so that a configuration holds wherever its folder is moved."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def setting(run: Path, name: str) -> Any:
@@ -134,7 +142,7 @@ def settle_beginning(config: Namespace, typed: set[str]) -> list[str]:
         return problems
     config.model.init_from = str(checkpoint)
     if data.directory is None and data.tokenizer is None:
-        data.tokenizer, data.vocab_size = str(run_of(checkpoint) / "tokenizer"), None
+        data.tokenizer, data.vocab_size = str(from_here(run_of(checkpoint) / "tokenizer")), None
     named = data.directory or data.train_text or data.valid_text or data.corpus != "builtin" or "corpus" in typed
     if not named:
         data.directory = setting(run_of(checkpoint), "data.directory")

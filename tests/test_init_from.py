@@ -85,6 +85,7 @@ def test_it_counts_from_nothing_and_has_the_settings_of_the_other_but_its_name_a
     assert config["data"]["batch_size"] == before["data"]["batch_size"]
     assert config["model"]["init_from"] == str(best_checkpoint(BASE))
     assert config["data"]["directory"] != before["data"]["directory"]
+    assert config["data"]["tokenizer"] == str(BASE / "tokenizer")
     assert json.loads((run / "summary.json").read_text())["settings"]["init_from"] == str(best_checkpoint(BASE))
 
 
