@@ -27,6 +27,7 @@ BOOKKEEPING = (
     "data.seed",
     "data.directory",
     "data.data_dir",
+    "data.tokenizer",
     "data.valid_text",
     "trainer.logger",
     "trainer.default_root_dir",
