@@ -43,7 +43,7 @@ from lm.checkpoint import (
 )
 from lm.control import RunConfig, RunControl, Signals, Stopped, requeue_job
 from lm.data import TokenDataModule
-from lm.defaults import default_configs, find_beginning, setting, settle
+from lm.defaults import default_configs, discard_inherited, find_beginning, setting, settle
 from lm.device import device_name
 from lm.module import LanguageModel
 from lm.options import discard, fail, is_first_rank, say
@@ -124,7 +124,7 @@ class CLI(LightningCLI):
             defaults: configuration files per subcommand, below everything typed.
             argv: the command line; default, the process's own.
         """
-        self.started, self.signals = started, signals
+        self.started, self.signals, self.defaults = started, signals, defaults
         self.resumed: Path | None = None
         for file in itertools.chain(*defaults.values()):
             check_sections(read_settings(Path(file)), Path(file))
@@ -193,6 +193,7 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work, all of it at once, before any data is touched."""
+        discard_inherited(self.defaults)
         config, subcommand = self.config[self.subcommand], str(self.subcommand)
         if problems := settle(config, sys.argv[1:], subcommand) or find_problems(config, subcommand):
             fail(problems)
@@ -422,11 +423,12 @@ def main(argv: list[str], started: float) -> int:
     if child:
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     os.environ[PARENT] = str(os.getpid())
+    defaults: dict[str, list[str]] = {}
     try:
         signals.install()
-        with tempfile.TemporaryDirectory() as scratch, watched_ranks():
-            defaults = default_configs(argv, Path(scratch))
-            sys.argv[1:] = argv
+        defaults = default_configs(argv)
+        sys.argv[1:] = argv
+        with watched_ranks():
             CLI(started, signals, defaults)
     except Stopped as stop:
         if child and signals.joined and stop.status != "failed":
@@ -453,6 +455,7 @@ def main(argv: list[str], started: float) -> int:
         return culprit.exit_code
     finally:
         signals.restore()
+        discard_inherited(defaults)  # of settings that were refused
         end_ranks(signals.children)
         os.environ.pop(PARENT)  # what this process starts from now on is no rank
     return 0

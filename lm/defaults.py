@@ -21,16 +21,16 @@ from lm.texts import dataset_name
 
 TEXTS = ("corpus", "train_text", "valid_text")
 
-
 # What belongs to a run alone, and not to one that begins with its weights.
 ALONE = {
     "run": ("name", "bundle"),
     "data": ("corpus", "train_text", "valid_text", "directory", "vocab_size", "special_tokens"),
     "model": ("init_from",),
 }
+INHERITED = "lm-inherited-"  # begins the names of files that have served once the command line is parsed
 
 
-def default_configs(argv: list[str], scratch: Path) -> dict[str, list[str]]:
+def default_configs(argv: list[str], scratch: Path | None = None) -> dict[str, list[str]]:
     """The configuration below everything typed: the built-in corpus' for a fit, the run's own for what comes from one.
 
     Adds `--ckpt_path` to a `validate` without one, or with a run's folder: the best checkpoint of the newest run, or of
@@ -38,7 +38,7 @@ def default_configs(argv: list[str], scratch: Path) -> dict[str, list[str]]:
 
     Args:
         argv: the command line.
-        scratch: a folder for what has to be written for that.
+        scratch: a folder for what has to be written for that, which `discard_inherited` removes; default, the system's.
 
     Raises:
         FileNotFoundError: nothing says what a checkpoint is to be validated with.
@@ -74,7 +74,7 @@ def find_beginning(argv: list[str]) -> Path | None:
     return None if checkpoint_problems(checkpoint) else checkpoint
 
 
-def inherit(checkpoint: Path, scratch: Path) -> Path:
+def inherit(checkpoint: Path, scratch: Path | None) -> Path:
     """A configuration like that of a checkpoint's run, for one that begins with its weights: other data, same tokens.
 
     Raises:
@@ -92,9 +92,17 @@ def inherit(checkpoint: Path, scratch: Path) -> Path:
         "tokenizer": str(from_here(run / "tokenizer")),
     }
     settings["model"]["transformer"] = network
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=scratch, suffix=".yaml", delete=False) as file:
+    descriptor, path = tempfile.mkstemp(".yaml", INHERITED, scratch)
+    with open(descriptor, "w", encoding="utf-8") as file:
         yaml.safe_dump(settings, file)
-    return Path(file.name)
+    return Path(path)
+
+
+def discard_inherited(defaults: dict[str, list[str]]) -> None:
+    """Remove what `default_configs` had to write: after parsing, so that a run that is killed leaves nothing behind."""
+    for path in map(Path, itertools.chain(*defaults.values())):
+        if path.name.startswith(INHERITED):
+            path.unlink(missing_ok=True)
 
 
 def from_here(path: Path) -> Path:

@@ -23,7 +23,7 @@ ABLATIONS = sorted(ROOT.glob("configs/ablations/*.yaml"))
 
 def make_cli(monkeypatch: pytest.MonkeyPatch) -> CLI:
     monkeypatch.setattr("sys.argv", ["lm", "fit"])
-    return ParseOnly(time.monotonic(), Signals(), default_configs(["fit"], Path()))
+    return ParseOnly(time.monotonic(), Signals(), default_configs(["fit"]))
 
 
 @pytest.fixture(scope="module")

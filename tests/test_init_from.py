@@ -68,8 +68,17 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_model(newest_checkpoint(run))[0].state_dict()
 
 
-def test_a_run_begins_with_the_weights_of_another(lm: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    assert begin(lm, *STILL) == 0
+def test_a_run_begins_with_the_weights_of_another(
+    lm: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    seen: list[list[Path]] = []
+    monkeypatch.setattr(StopAfterFour, "on_train_batch_end", lambda *_: seen.append([*scratch.glob("lm-inherited-*")]))
+    assert begin(lm, *STILL, "--trainer.callbacks=test_init_from.StopAfterFour") == 0
+    assert begin(lm, "--model.transformer.norm=prex") == 2
+    assert [*seen, [*scratch.glob("lm-inherited-*")]] == [[]] * 4, "a run that is killed leaves nothing there"
     base, begun = load_model(BASE)[0].state_dict(), weights(Path("logs/my/version_0"))
     assert all(torch.equal(base[name], begun[name]) for name in base)
     assert f"its weights are those of {best_checkpoint(BASE)}" in capfd.readouterr().out

@@ -36,7 +36,7 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CLI]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("cli"))
         patch.setattr("sys.argv", ["lm", "fit"])
-        yield ParseOnly(time.monotonic(), Signals(), default_configs(["fit"], Path()))
+        yield ParseOnly(time.monotonic(), Signals(), default_configs(["fit"]))
 
 
 def parse(cli: CLI, run: PlannedRun) -> Any:
